@@ -1,0 +1,40 @@
+# make demo is the main job, make test the tests; both set themselves up. `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help setup demo test lint bench chaos image clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make setup               a virtual environment in .venv with the command 'moviola'"
+	@echo "make demo [VIDEOS=DIR]   the main job: pack, train, survive a kill, evaluate, look"
+	@echo "make test                lint, types and every test"
+	@echo "make lint | bench | chaos | image"
+
+$(VENV)/.runtime: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned dependencies into $(VENV) (one to three minutes)"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.runtime
+
+demo: setup
+	@$(BIN)/python -m cluster.demo $(if $(VIDEOS),--videos "$(VIDEOS)")
+
+lint: $(VENV)/.dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+test: lint
+	@$(BIN)/python -m pytest $(TESTS)
+
+clean:
+	rm -rf $(VENV) runs demo_data build *.egg-info
