@@ -1,0 +1,1 @@
+"""Shards -> clips: packing, indexing, order, ranged reads, decoding, batches. Knows nothing of training."""

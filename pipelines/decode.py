@@ -1,0 +1,234 @@
+"""Bytes of a clip -> the frames that were asked for.
+
+Packets are demuxed first, which costs little: that numbers the frames exactly, at variable frame rates too. Decoding
+starts at the last keyframe before the first wanted frame and stops after the last one.
+
+Legend: T frames, C channels (3, RGB), H height, W width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import Interpolation, VideoReformatter
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipelines.faults import InputError, Skip
+
+Backend = Literal["torchcodec", "pyav"]
+BACKEND: Backend = "pyav"
+PIXELS_A_SIDE = 16384
+DECODED_BYTES = 2 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """Header of a clip: stored ``frames``, ``fps`` frames/s (0 for images), pixels."""
+
+    frames: int
+    fps: float
+    height: int
+    width: int
+
+
+def probe(data: bytes, image: bool, name: str) -> Info:
+    """Reads the header and counts the frames, without decoding; raises Skip("undecodable") or Skip("absurd")."""
+    try:
+        with av.open(io.BytesIO(data)) as container:
+            stream = container.streams.video[0]
+            height, width = stream.codec_context.height, stream.codec_context.width
+            if image:
+                info = Info(1, 0.0, height, width)
+            else:
+                frames = sum(not packet.is_discard for packet in _packets(container))
+                fps = stream.average_rate or stream.guessed_rate or stream.base_rate
+                if not fps and stream.duration and stream.time_base:
+                    fps = frames / (stream.duration * stream.time_base)
+                info = Info(frames, float(fps or 0), height, width)
+    except (av.error.FFmpegError, IndexError, ValueError) as error:
+        raise Skip("undecodable", f"{name}: {_brief(error)}") from None
+    if not info.frames or not info.height or not info.width or not (image or info.fps):
+        raise Skip("undecodable", f"{name}: {info.frames} frames of {info.width} x {info.height} at {info.fps} fps")
+    _sane(info.height, info.width, 1, name)
+    return info
+
+
+class Video:
+    """An opened clip: its size as stored, and its frames by number, counted from 0. Close it, or use it in ``with``.
+
+    Raises Skip, here and in :meth:`read`: "undecodable", "absurd" for more pixels than memory should hold, "short" when
+    a frame is asked for that is not there.
+    """
+
+    def __init__(self, data: bytes, name: str, *, image: bool = False) -> None:
+        self.name = name
+        self._image = image
+        with self._skips():
+            self._container = av.open(io.BytesIO(data), format="mov" if data[4:8] == b"ftyp" and not image else None)
+            self._stream = self._container.streams.video[0]
+            self._stream.thread_type = "NONE"
+            self.height, self.width = self._stream.codec_context.height, self._stream.codec_context.width
+        _sane(self.height, self.width, 1, name)
+
+    def read(self, frames: Sequence[int], size: tuple[int, int] | None = None) -> Tensor:
+        """Frames of those numbers (strictly rising), resized to ``size`` (height, width): ``frames_TCHW`` uint8 RGB."""
+        height, width = size or (self.height, self.width)
+        _sane(max(height, self.height), max(width, self.width), len(frames), self.name)
+        # To planes is faster, and keeps more colour when resizing; without resizing, FFmpeg's vector code spoils the
+        # right edge of widths that it does not divide.
+        planar = (height, width) != (self.height, self.width) or width % 16 == 0
+        frames_TCHW = np.empty((len(frames), 3, height, width), np.uint8)
+        with self._skips():
+            for place, frame in self._decoded(frames):
+                rgb = _scaler().reformat(
+                    frame, width, height, "gbrp" if planar else "rgb24", interpolation=Interpolation.BICUBIC, threads=1
+                )
+                if planar:
+                    for channel, plane in zip((1, 2, 0), rgb.planes, strict=True):
+                        rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+                        frames_TCHW[place, channel] = rows[:height, :width]
+                else:
+                    frames_TCHW[place] = rgb.to_ndarray().transpose(2, 0, 1)
+        return torch.from_numpy(frames_TCHW)
+
+    def _decoded(self, frames: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+        """(index into ``frames``, decoded frame), decoding no more than the frames between keyframes require."""
+        if self._image:
+            yield 0, next(self._container.decode(self._stream))
+            return
+        packets = _packets(self._container)
+        if "avi" in self._container.format.name:  # its time stamps do not order B-frames
+            yield from self._counted(packets, frames)
+            return
+        times = sorted(packet.pts for packet in packets if not packet.is_discard)
+        if frames[-1] >= len(times):
+            raise Skip("short", f"{self.name}: frame {frames[-1]} was asked for, it has {len(times)}")
+        wanted = {times[number]: i for i, number in enumerate(frames)}
+        context = self._stream.codec_context
+        first = max((i for i, p in enumerate(packets) if p.is_keyframe and p.pts <= times[frames[0]]), default=0)
+        for number in range(first, len(packets) + 1):  # None, after the last packet, drains the decoder
+            packet = packets[number] if number < len(packets) else None
+            if packet is not None:
+                context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+            for frame in context.decode(packet):
+                place = wanted.pop(frame.pts, None)
+                if place is not None:
+                    yield place, frame
+            if not wanted:
+                return
+        raise Skip("undecodable", f"{self.name}: {len(wanted)} of {len(frames)} frames could not be decoded")
+
+    def _counted(self, packets: Sequence[av.Packet], frames: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+        context = self._stream.codec_context
+        decoded = (frame for packet in [*packets, None] for frame in context.decode(packet))
+        wanted = {number: i for i, number in enumerate(frames)}
+        number = -1
+        for number, frame in enumerate(decoded):
+            if number in wanted:
+                yield wanted[number], frame
+            if number == frames[-1]:
+                return
+        raise Skip("short", f"{self.name}: frame {frames[-1]} was asked for, it has {number + 1}")
+
+    @contextlib.contextmanager
+    def _skips(self) -> Iterator[None]:
+        try:
+            yield
+        except (av.error.FFmpegError, RuntimeError, StopIteration, IndexError, ValueError) as error:
+            raise Skip("undecodable", f"{self.name}: {_brief(error)}") from None
+
+    def close(self) -> None:
+        """Frees the decoder."""
+        self._container.close()
+
+    def __enter__(self) -> Video:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class TorchcodecVideo:
+    """The same by torchcodec, which needs FFmpeg's shared libraries on the machine; torch resizes, antialiased."""
+
+    def __init__(self, data: bytes, name: str) -> None:
+        self.name = name
+        try:
+            from torchcodec.decoders import VideoDecoder
+
+            self._decoder = VideoDecoder(data, num_ffmpeg_threads=1, seek_mode="exact")
+        except (ImportError, RuntimeError, ValueError) as error:
+            if isinstance(error, ImportError) or "libtorchcodec" in str(error):
+                raise InputError(
+                    "torchcodec finds no FFmpeg libraries; install FFmpeg 4 to 8, or take the backend pyav"
+                ) from None
+            raise Skip("undecodable", f"{name}: {_brief(error)}") from None
+        self.height, self.width = self._decoder.metadata.height or 0, self._decoder.metadata.width or 0
+        _sane(self.height, self.width, 1, name)
+
+    def read(self, frames: Sequence[int], size: tuple[int, int] | None = None) -> Tensor:
+        """As :meth:`Video.read`."""
+        stored = self._decoder.metadata.num_frames or 0
+        if frames[-1] >= stored:
+            raise Skip("short", f"{self.name}: frame {frames[-1]} was asked for, it has {stored}")
+        _sane(self.height, self.width, len(frames), self.name)
+        try:
+            frames_TCHW = self._decoder.get_frames_at(list(frames)).data
+        except (RuntimeError, ValueError) as error:
+            raise Skip("undecodable", f"{self.name}: {_brief(error)}") from None
+        if size is None or size == (self.height, self.width):
+            return frames_TCHW
+        return F.interpolate(
+            frames_TCHW.contiguous(memory_format=torch.channels_last), size, mode="bicubic", antialias=True
+        )
+
+    def close(self) -> None:
+        """Nothing to free by hand."""
+
+    def __enter__(self) -> TorchcodecVideo:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_video(
+    data: bytes, name: str, *, image: bool = False, backend: Backend | None = None
+) -> Video | TorchcodecVideo:
+    """Opens a stored clip with ``backend``; pictures always with PyAV."""
+    if (backend or BACKEND) == "torchcodec" and not image:
+        return TorchcodecVideo(data, name)
+    return Video(data, name, image=image)
+
+
+_thread = threading.local()
+
+
+def _scaler() -> VideoReformatter:
+    """The colour converter of the calling thread: setting one up costs more than converting a frame."""
+    if not hasattr(_thread, "scaler"):
+        _thread.scaler = VideoReformatter()
+    return _thread.scaler
+
+
+def _packets(container: av.container.InputContainer) -> list[av.Packet]:
+    """The packets of the first video stream that carry a frame, in decoding order."""
+    return [packet for packet in container.demux(video=0) if packet.pts is not None and packet.size]
+
+
+def _sane(height: int, width: int, frames: int, name: str) -> None:
+    if max(height, width) > PIXELS_A_SIDE or height * width * 3 * frames > DECODED_BYTES:
+        raise Skip("absurd", f"{name}: {frames} frames of {width} x {height} pixels")
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__

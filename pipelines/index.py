@@ -1,0 +1,658 @@
+"""The index of a dataset: where in which shard each clip lies, so that a rank reads only what it trains on.
+
+``index.json`` holds the card and a line a shard; ``SHARD.idx`` a fixed-width record a clip, in the order of the tar.
+A rank loads ``index.json`` and then, by ranged reads, the records of the clips it draws: ten million clips cost a rank
+a few megabytes. Digests form a chain: index.json covers each .idx, each record covers its clip's bytes.
+
+Any WebDataset of plain tars gets an index with :func:`index_dataset`, without being rewritten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import re
+import struct
+import tarfile
+import threading
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipelines import storage
+from pipelines.decode import PIXELS_A_SIDE, Info, probe
+from pipelines.faults import InputError, Skip
+
+FORMAT = 1
+MAGIC = b"MOVIOIX1"
+HEADER = struct.Struct("<8sII")  # magic, records, bytes of the longest key
+INDEX_MEMORY = 24 << 20
+"""Bytes of records that one dataset may keep in memory; above it, records are read as they are needed."""
+
+MEMBER_BYTES = 2 << 30
+VIDEO_SUFFIXES = frozenset({"mp4", "mkv", "webm", "avi", "mov", "m4v"})
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
+CAPTION_SUFFIX = "t5.npy"
+_PICKLES = frozenset({"pkl", "pickle", "pyd", "pth", "pt", "joblib"})
+_KEY = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]+)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One clip of a shard, as indexed. Offsets count bytes from the start of the tar to the member's data.
+
+    ``fps`` frames/s; ``motion`` in [0, 1]; ``crc`` is CRC-32 of the bytes; ``caption_bytes`` 0 where there is no
+    ``.t5.npy``; ``image`` for one-frame clips stored as pictures.
+    """
+
+    key: str
+    offset: int
+    bytes: int
+    crc: int
+    frames: int
+    fps: float
+    height: int
+    width: int
+    motion: float = 0.0
+    image: bool = False
+    caption_offset: int = 0
+    caption_bytes: int = 0
+    caption_crc: int = 0
+
+
+_FIELDS: list[tuple[str, str]] = [
+    ("offset", "<u8"),
+    ("caption_offset", "<u8"),
+    ("bytes", "<u4"),
+    ("crc", "<u4"),
+    ("caption_bytes", "<u4"),
+    ("caption_crc", "<u4"),
+    ("frames", "<u4"),
+    ("fps", "<f4"),
+    ("motion", "<f4"),
+    ("height", "<u2"),
+    ("width", "<u2"),
+    ("image", "<u2"),
+]
+
+
+def record_type(key_bytes: int) -> np.dtype:
+    """The numpy type of a record whose keys take up to ``key_bytes`` bytes of UTF-8."""
+    return np.dtype([*_FIELDS, ("key", f"S{key_bytes}")])
+
+
+class Shard(BaseModel):
+    """A line of index.json: a tar, the clips in it, and the digest of its .idx."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: str = Field(description="Path of the tar, relative to the dataset.")
+    bytes: int = Field(gt=0)
+    clips: int = Field(ge=0)
+    key_bytes: int = Field(gt=0, description="Width of a key in the records of the .idx.")
+    digest: str = Field(description="BLAKE2b-128 of the .idx file, which holds the CRC-32 of every clip.")
+
+
+class Card(BaseModel):
+    """What a dataset says about itself. Fields of one's own are kept."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")
+    licence: str = "unknown"
+    counts: dict[str, int] = Field(default_factory=dict)
+    statistics: dict[str, Any] = Field(default_factory=dict)
+
+
+def write_shard_index(url: str, file: str, members: Sequence[Member], bytes: int) -> Shard:
+    """Writes the .idx of the shard ``file`` (of ``bytes`` bytes) into the dataset ``url``; its line of index.json."""
+    keys = [member.key.encode() for member in members]
+    key_bytes = max(map(len, keys), default=1)
+    records = np.zeros(len(members), record_type(key_bytes))
+    for name, _ in _FIELDS:
+        records[name] = [getattr(member, name) for member in members]
+    records["key"] = keys
+    data = HEADER.pack(MAGIC, len(members), key_bytes) + records.tobytes()
+    storage.write_bytes(storage.join(url, index_name(file)), data)
+    return Shard(file=file, bytes=bytes, clips=len(members), key_bytes=key_bytes, digest=_digest(data))
+
+
+def write_index(url: str, card: Card, shards: Sequence[Shard], base: str | None = None) -> str:
+    """Writes index.json into ``url``; returns its digest. ``base`` says where the tars lie if not there."""
+    head = {"format": FORMAT, "card": card.model_dump(), **({"base": base} if base else {})}
+    lines = ",\n  ".join(json.dumps(shard.model_dump()) for shard in shards)
+    text = json.dumps(head, indent=1, allow_nan=False)[:-2] + f',\n "shards": [\n  {lines}\n ]\n}}\n'
+    data = text.encode()
+    storage.write_bytes(storage.join(url, "index.json"), data)
+    return _digest(data)
+
+
+def index_name(file: str) -> str:
+    """Name of the .idx of the shard ``file``."""
+    return file.removesuffix(".tar") + ".idx"
+
+
+def summary(records: np.ndarray) -> dict[str, Any]:
+    """Counts and statistics of records, as they stand on a card: see :func:`merge`."""
+    videos = records[records["image"] == 0]
+    seconds = videos["frames"] / np.maximum(videos["fps"], 1e-6)
+
+    def spread(values: np.ndarray) -> dict[str, float]:
+        if not len(values):
+            return {"n": 0, "least": 0.0, "sum": 0.0, "greatest": 0.0}
+        return {
+            "n": len(values),
+            "least": float(values.min()),
+            "sum": float(values.sum(dtype=np.float64)),
+            "greatest": float(values.max()),
+        }
+
+    return {
+        "counts": {
+            "clips": len(records),
+            "videos": len(videos),
+            "images": len(records) - len(videos),
+            "captions": int((records["caption_bytes"] > 0).sum()),
+            "bytes": int(records["bytes"].sum(dtype=np.int64)),
+        },
+        "statistics": {
+            "frames": spread(records["frames"]),
+            "seconds": spread(seconds),
+            "fps": spread(videos["fps"]),
+            "height": spread(records["height"]),
+            "width": spread(records["width"]),
+            "motion": spread(videos["motion"]),
+        },
+    }
+
+
+def merge(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Summaries of shards as one: counts added, and least, mean and greatest of each statistic."""
+    counts: Counter[str] = Counter()
+    statistics: dict[str, dict[str, float]] = {}
+    for item in summaries:
+        counts.update(item["counts"])
+        for name, spread in item["statistics"].items():
+            if not spread["n"]:
+                continue
+            old = statistics.setdefault(name, {"n": 0, "least": math.inf, "sum": 0.0, "greatest": -math.inf})
+            old["n"] += spread["n"]
+            old["sum"] += spread["sum"]
+            old["least"] = min(old["least"], spread["least"])
+            old["greatest"] = max(old["greatest"], spread["greatest"])
+    return {
+        "counts": dict(counts),
+        "statistics": {
+            name: {
+                "least": round(item["least"], 6),
+                "mean": round(item["sum"] / item["n"], 6),
+                "greatest": round(item["greatest"], 6),
+            }
+            for name, item in statistics.items()
+        },
+    }
+
+
+class _Index(BaseModel):
+    format: int
+    card: Card
+    base: str | None = None
+    shards: list[Shard]
+
+
+class Dataset:
+    """An opened index. Cheap: records are read when they are asked for. Thread-safe, and usable after a fork.
+
+    ``digest`` identifies the index: a run records it and a resumed run passes it as ``expect``.
+    """
+
+    def __init__(self, url: str, card: Card, shards: Sequence[Shard], digest: str, base: str) -> None:
+        self.url = url
+        self.base = base
+        self.card = card
+        self.digest = digest
+        self.files = [shard.file for shard in shards]
+        self.shard_bytes = np.array([shard.bytes for shard in shards], np.int64)
+        self.shard_digests = [bytes.fromhex(shard.digest) for shard in shards]
+        self.key_bytes = np.array([shard.key_bytes for shard in shards], np.int32)
+        self.first_clips = np.concatenate([[0], np.cumsum([shard.clips for shard in shards])]).astype(np.int64)
+        self.clips = int(self.first_clips[-1])
+        whole = sum(shard.clips * record_type(shard.key_bytes).itemsize for shard in shards)
+        self.keeps_records = whole <= INDEX_MEMORY
+        self._kept: dict[int, np.ndarray] = {}
+        self._reading: dict[int, threading.Lock] = {}
+        self._lock = threading.Lock()
+        self.requests = 0
+        self.bytes_fetched = 0
+
+    @property
+    def name(self) -> str:
+        """The card's name."""
+        return self.card.name
+
+    @property
+    def caption_width(self) -> int:
+        """Numbers a token of the stored text embeddings; 0 where there are none."""
+        return int((getattr(self.card, "embeddings", None) or {}).get("width", 0))
+
+    def locate(self, clip: int) -> tuple[int, int]:
+        """(shard, row in the shard) of a clip."""
+        shard = int(np.searchsorted(self.first_clips, clip, side="right")) - 1
+        return shard, clip - int(self.first_clips[shard])
+
+    def shard_url(self, shard: int) -> str:
+        """URL of a shard's tar."""
+        return storage.join(self.base, self.files[shard])
+
+    def records(self, shard: int, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Records of rows ``first`` to ``last`` (exclusive) of a shard.
+
+        Small indexes are kept in memory, a shard at a time; of large ones exactly these rows are read. Raises
+        InputError for an .idx that is missing or does not belong to index.json.
+        """
+        rows = int(self.first_clips[shard + 1] - self.first_clips[shard])
+        last = rows if last is None else last
+        if self.keeps_records or (first == 0 and last == rows):
+            with self._lock:
+                reading = self._reading.setdefault(shard, threading.Lock())
+            with reading:  # threads that want the same records wait for one read
+                kept = self._kept.get(shard)
+                if kept is None:
+                    kept = self._whole(shard)
+                    if self.keeps_records:
+                        self._kept[shard] = kept
+            return kept[first:last]
+        record = record_type(int(self.key_bytes[shard]))
+        start = HEADER.size + first * record.itemsize
+        data = self._read(shard, start, start + (last - first) * record.itemsize)
+        return np.frombuffer(data, record)
+
+    def _whole(self, shard: int) -> np.ndarray:
+        data = self._read(shard, None, None)
+        if hashlib.blake2b(data, digest_size=16).digest() != self.shard_digests[shard]:
+            raise InputError(
+                f"{self._index_url(shard)} does not belong to {storage.join(self.url, 'index.json')}: the dataset "
+                "changed; run `moviola index` on it again"
+            )
+        return np.frombuffer(data, record_type(int(self.key_bytes[shard])), offset=HEADER.size)
+
+    def _index_url(self, shard: int) -> str:
+        return storage.join(self.url, index_name(self.files[shard]))
+
+    def _read(self, shard: int, start: int | None, end: int | None) -> bytes:
+        try:
+            data = storage.read_bytes(self._index_url(shard), start, end)
+        except storage.Missing:
+            raise InputError(
+                f"{storage.redact(self._index_url(shard))} is missing, but index.json names its shard; run "
+                "`moviola index` on the dataset again"
+            ) from None
+        with self._lock:
+            self.requests += 1
+            self.bytes_fetched += len(data)
+        return data
+
+    def all_records(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(shard, its records), shard by shard: for lint and statistics, not for training."""
+        for shard in range(len(self.files)):
+            yield shard, self.records(shard)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}, "_reading": {}, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+
+def open_dataset(url: str, expect: str | None = None) -> Dataset:
+    """Opens the dataset at ``url`` by reading its index.json.
+
+    Raises InputError when there is no index, when it holds no clips, when it is of another format, when a name in it
+    leaves the dataset, or when its digest is not ``expect``: a dataset must not change under a run.
+    """
+    where = storage.redact(storage.join(url, "index.json"))
+    try:
+        data = storage.read_bytes(storage.join(url, "index.json"))
+    except storage.Missing:
+        if not storage.exists(url):
+            raise InputError(f"dataset {storage.redact(url)} is not there; check the URL") from None
+        below = storage.join(url, "train")
+        if storage.exists(storage.join(below, "index.json")):
+            raise InputError(f"{where} is not there; did you mean {storage.redact(below)}?") from None
+        raise InputError(f"{where} is not there; run `moviola index {storage.redact(url)}` first") from None
+    digest = _digest(data)
+    if expect is not None and digest != expect:
+        raise InputError(
+            f"{where} changed since this run started (digest {digest}, the run has {expect}): the order of clips would "
+            "not be the same. Restore the dataset, or start a new run"
+        )
+    try:
+        index = _Index.model_validate_json(data)
+    except ValidationError as error:
+        raise InputError(f"{where} is not an index: {' '.join(str(error).split())[:300]}; index it again") from None
+    if index.format != FORMAT:
+        raise InputError(f"{where} has format {index.format}; this version reads {FORMAT}; index it again")
+    for shard in index.shards:
+        if _climbs(shard.file):
+            raise InputError(f"{where} names {shard.file!r}, which leaves the dataset; refused")
+    dataset = Dataset(url, index.card, index.shards, digest, index.base or url)
+    if not dataset.clips:
+        raise InputError(f"dataset {storage.redact(url)} holds no clips; pack or index it again")
+    return dataset
+
+
+@dataclass(frozen=True, slots=True)
+class IndexReport:
+    """What :func:`index_dataset` did: clips indexed, shards (of which ``kept`` had an index), skips by reason."""
+
+    digest: str
+    clips: int
+    shards: int
+    kept: int
+    skipped: Mapping[str, int]
+    named: Sequence[str]
+
+
+def index_dataset(
+    url: str,
+    destination: str | None = None,
+    *,
+    name: str | None = None,
+    licence: str = "unknown",
+    extra: Mapping[str, Any] | None = None,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> IndexReport:
+    """Indexes every ``.tar`` below ``url`` (or that one tar), beside the shards or in ``destination``.
+
+    Each shard is read once, ``workers`` shards at a time in processes. An .idx that is there and still tells the truth
+    about its tar's size and some of its clips is kept, so a killed run goes on. ``extra`` are further fields of the
+    card. ``progress(done, all)`` counts shards. Raises InputError for no shards, truncated tars, members that leave
+    their folder, absurd sizes and pickles.
+    """
+    single = url.endswith(".tar")
+    base = url.rpartition("/")[0] or "." if single else url
+    destination = destination or base
+    found = [(url.rpartition("/")[2], storage.size(url))] if single else sorted(_tars(url))
+    if not found:
+        raise InputError(f"no .tar shards at {storage.redact(url)}; `moviola pack` makes some from videos")
+    old = _indexed(destination)
+    done: dict[str, tuple[Shard, dict[str, Any], Counter[str], list[str]]] = {}
+    todo = []
+    for file, length in found:
+        shard = old.get(file)
+        records = _still_true(base, destination, shard) if shard and shard.bytes == length else None
+        if shard and records is not None:
+            done[file] = (shard, summary(records), Counter(), [])
+        else:
+            todo.append((file, length))
+    kept = len(done)
+    for file, result in _in_processes(workers, [(base, destination, file, length) for file, length in todo]):
+        done[file] = result
+        if progress:
+            progress(len(done), len(found))
+    shards = [done[file][0] for file, _ in found]
+    skipped: Counter[str] = sum((done[file][2] for file, _ in found), Counter())
+    totals = merge([done[file][1] for file, _ in found])
+    card = Card(
+        name=name or re.sub(r"[^A-Za-z0-9._-]+", "-", base.rstrip("/").rpartition("/")[2]).strip("-.") or "dataset",
+        licence=licence,
+        **{**_embeddings(base, destination, shards, totals["counts"]), **(extra or {}), **totals},
+    )
+    if not sum(shard.clips for shard in shards):
+        raise InputError(f"{len(found)} shards at {storage.redact(url)} hold no usable clip; skipped: {dict(skipped)}")
+    digest = write_index(destination, card, shards, None if destination == base else base)
+    for shard in shards:
+        storage.delete(storage.join(destination, _draft_name(shard.file)))
+    named = [line for file, _ in found for line in done[file][3]]
+    return IndexReport(digest, sum(s.clips for s in shards), len(shards), kept, dict(skipped), named[:50])
+
+
+def _embeddings(base: str, destination: str, shards: Sequence[Shard], counts: Mapping[str, int]) -> dict[str, Any]:
+    """What a card says of stored text embeddings, from the first one."""
+    if not counts.get("captions"):
+        return {}
+    dataset = Dataset(destination, Card(name="new"), shards, "", base)
+    shard, row = next((s, row) for s, rows in dataset.all_records() for row in rows if row["caption_bytes"])
+    start = int(row["caption_offset"])
+    data = io.BytesIO(storage.read_bytes(dataset.shard_url(shard), start, start + int(row["caption_bytes"])))
+    try:
+        np.lib.format.read_magic(data)
+        shape, _, _ = np.lib.format.read_array_header_1_0(data)
+    except ValueError:
+        return {}
+    return {"embeddings": {"clips": counts["captions"], "width": shape[-1]}} if len(shape) == 2 else {}
+
+
+def index_shard(
+    base: str, destination: str, file: str, length: int
+) -> tuple[Shard, dict[str, Any], Counter[str], list]:
+    """Indexes one tar; also leaves a ``.idx.json`` draft of its index.json line, from which a killed run goes on."""
+    members, skipped, named = [], Counter[str](), []
+    where = storage.redact(storage.join(base, file))
+    sidecars = _Sidecars()
+    for key, parts in _samples(storage.join(base, file), length):
+        try:
+            members.append(_member(key, parts, where, sidecars))
+        except Skip as skip:
+            skipped[skip.reason] += 1
+            named.append(str(skip))
+    shard = write_shard_index(destination, file, members, length)
+    records = np.frombuffer(
+        storage.read_bytes(storage.join(destination, index_name(file))),
+        record_type(shard.key_bytes),
+        offset=HEADER.size,
+    )
+    storage.write_json(storage.join(destination, _draft_name(file)), shard.model_dump())
+    return shard, summary(records), skipped, named[:50]
+
+
+def _draft_name(file: str) -> str:
+    return index_name(file) + ".json"
+
+
+def _in_processes(workers: int, jobs: Sequence[tuple[str, str, str, int]]) -> Iterator[tuple[str, Any]]:
+    if workers <= 1 or len(jobs) <= 1:
+        for job in jobs:
+            yield job[2], index_shard(*job)
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        futures: dict[Future, str] = {pool.submit(index_shard, *job): job[2] for job in jobs}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _tars(url: str, prefix: str = "") -> Iterator[tuple[str, int]]:
+    for entry in storage.list_dir(storage.join(url, prefix) if prefix else url):
+        name = f"{prefix}/{entry.name}" if prefix else entry.name
+        if entry.is_dir:
+            yield from _tars(url, name)
+        elif name.endswith(".tar"):
+            yield name, entry.bytes
+
+
+def _indexed(destination: str) -> dict[str, Shard]:
+    """Shards that already have an .idx: from index.json, and from the drafts of a killed run."""
+    shards = {}
+    try:
+        for line in storage.read_json(storage.join(destination, "index.json"))["shards"]:
+            shards[line["file"]] = Shard(**line)
+    except (storage.Missing, InputError, KeyError, TypeError, ValueError):
+        shards = {}
+    for entry in storage.list_dir(destination):
+        if entry.name.endswith(".idx.json"):
+            shard = Shard(**storage.read_json(storage.join(destination, entry.name)))
+            shards[shard.file] = shard
+    return shards
+
+
+def _still_true(base: str, destination: str, shard: Shard) -> np.ndarray | None:
+    """The shard's records if its .idx is whole and the tar holds three of its clips where they should be."""
+    dataset = Dataset(destination, Card(name="old"), [shard], "", base)
+    try:
+        records = dataset.records(0)
+        for row in {0, len(records) // 2, len(records) - 1} if len(records) else ():
+            start, end = int(records[row]["offset"]), int(records[row]["offset"]) + int(records[row]["bytes"])
+            if zlib.crc32(storage.read_bytes(dataset.shard_url(0), start, end)) != records[row]["crc"]:
+                return None
+    except InputError:
+        return None
+    return records
+
+
+class _Reader(io.RawIOBase):
+    """A seekable view of an object that reads ahead by ``chunk`` bytes: tarfile hops over it from header to header."""
+
+    def __init__(self, url: str, length: int, chunk: int = 8 << 20) -> None:
+        super().__init__()
+        self.url, self.length, self.chunk = url, length, chunk
+        self.place = self.first = 0
+        self.buffer = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.place = offset + (0, self.place, self.length)[whence]
+        return self.place
+
+    def read(self, count: int = -1) -> bytes:
+        end = self.length if count is None or count < 0 else min(self.place + count, self.length)
+        if not self.first <= self.place <= end <= self.first + len(self.buffer):
+            self.first = self.place
+            last = min(max(end, self.place + self.chunk), self.length)
+            self.buffer = storage.read_bytes(self.url, self.place, last) if last > self.place else b""
+        data = self.buffer[self.place - self.first : end - self.first]
+        self.place = max(self.place, end)
+        return data
+
+
+def _samples(url: str, length: int) -> Iterator[tuple[str, dict[str, tuple[int, bytes]]]]:
+    """(key, {suffix: (offset, bytes)}) of each sample of a tar: neighbours of one key, as webdataset groups them."""
+    where = storage.redact(url)
+    wanted = VIDEO_SUFFIXES | IMAGE_SUFFIXES | {"json", CAPTION_SUFFIX}
+    current, parts = "", {}
+    try:
+        with tarfile.open(fileobj=_Reader(url, length), mode="r:") as tar:  # type: ignore[call-overload]
+            for info in tar:
+                if _climbs(info.name):
+                    raise InputError(f"{where}: member {info.name!r} leaves its folder; refused")
+                if info.isdir():
+                    continue
+                if not info.isreg() or info.issparse():
+                    raise InputError(f"{where}: member {info.name!r} is a link or device; refused")
+                match = _KEY.match(info.name)
+                if not match:
+                    continue
+                key, suffix = match[1], match[2].lower()
+                if suffix.rpartition(".")[2] in _PICKLES:
+                    raise InputError(f"{where}: member {info.name!r} may be a pickle; refused. Repack without it")
+                if info.size > MEMBER_BYTES:
+                    raise InputError(
+                        f"{where}: member {info.name!r} has {info.size} bytes; the limit is {MEMBER_BYTES}"
+                    )
+                if info.offset_data + info.size > length:
+                    raise InputError(f"{where} is cut off within {info.name!r}; copy the shard again")
+                if key != current:
+                    if parts:
+                        yield current, parts
+                    current, parts = key, {}
+                if suffix in wanted and suffix not in parts:
+                    file = tar.extractfile(info)
+                    parts[suffix] = (info.offset_data, file.read() if file else b"")
+    except tarfile.TarError as error:
+        raise InputError(f"{where} is not a plain tar: {error}") from None
+    if parts:
+        yield current, parts
+
+
+class _Sidecars:
+    """Whether a shard's .json sidecars describe its videos: the first ones are compared with the videos' headers.
+
+    Many datasets keep the numbers of the video that a clip was cut from.
+    """
+
+    CHECKED = 3
+
+    def __init__(self) -> None:
+        self.compared = 0
+        self.trusted = True
+
+    def describe(self, sidecar: Mapping[str, Any], data: bytes, image: bool, name: str) -> Info:
+        """Frames, fps and size of a clip: the sidecar's if it says them all and can be trusted, else the header's."""
+        values = [sidecar.get(field) for field in ("frames", "fps", "height", "width")]
+        complete = not image and all(isinstance(value, int | float) and value > 0 for value in values)
+        if complete and self.trusted and self.compared >= self.CHECKED:
+            return Info(int(values[0]), float(values[1]), int(values[2]), int(values[3]))
+        found = probe(data, image, name)
+        if complete:
+            self.compared += 1
+            self.trusted &= [found.frames, found.height, found.width] == [values[0], values[2], values[3]]
+        return found
+
+
+def _member(key: str, parts: Mapping[str, tuple[int, bytes]], where: str, sidecars: _Sidecars) -> Member:
+    """The record of a sample; raises Skip for a sample without a picture, or one that can't be opened."""
+    videos = [suffix for suffix in parts if suffix in VIDEO_SUFFIXES]
+    pictures = [suffix for suffix in parts if suffix in IMAGE_SUFFIXES]
+    if not videos and not pictures:
+        found = ", ".join(sorted(parts)) or "unknown suffixes"
+        raise Skip("no_video", f"{where}/{key}: no video or image, only {found}")
+    suffix = (videos or pictures)[0]
+    offset, data = parts[suffix]
+    image = suffix in IMAGE_SUFFIXES
+    sidecar = _sidecar(parts["json"][1]) if "json" in parts else {}
+    info = sidecars.describe(sidecar, data, image, f"{where}/{key}")
+    if max(info.height, info.width) > PIXELS_A_SIDE or info.frames >= 1 << 31:
+        raise Skip("absurd", f"{where}/{key}: {info.width} x {info.height} pixels, {info.frames} frames")
+    motion = sidecar.get("motion")
+    caption_offset, caption = parts.get(CAPTION_SUFFIX, (0, b""))
+    return Member(
+        key=key,
+        offset=offset,
+        bytes=len(data),
+        crc=zlib.crc32(data),
+        frames=info.frames,
+        fps=info.fps,
+        height=info.height,
+        width=info.width,
+        motion=float(motion) if isinstance(motion, int | float) and 0 <= motion <= 1 else 0.0,
+        image=image,
+        caption_offset=caption_offset,
+        caption_bytes=len(caption),
+        caption_crc=zlib.crc32(caption),
+    )
+
+
+def _sidecar(data: bytes) -> Mapping[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _climbs(name: str) -> bool:
+    return name.startswith(("/", "~")) or "\\" in name or ".." in name.split("/")
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

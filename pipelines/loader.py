@@ -1,0 +1,587 @@
+"""Datasets and a schedule -> the micro-batches of one rank, step by step.
+
+    order (arithmetic) -> readers (threads, ranged reads of neighbours) -> workers (threads, decoding) -> Batch
+
+Reading and decoding run ahead of training by a bounded number of steps and bytes. Threads only decide when something is
+done, never what: batches are the same for any number of workers and any read-ahead. To resume is to call
+``iter_from(step)``.
+
+Legend: B clips, C channels, T frames, H height, W width, L text tokens, D embedding width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import queue
+import threading
+import time
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines import storage
+from pipelines.clips import make_clip
+from pipelines.contracts import Batch, BatchPlan, Clip, Source, Stream, derive
+from pipelines.decode import Backend
+from pipelines.faults import FaultBudget, InputError, Skip
+from pipelines.index import Dataset
+from pipelines.order import Draw, Mixture, Share, share
+
+READERS = 16
+WASTE = 0.045
+"""Bytes between two wanted clips may be read along, up to this share of the wanted bytes, to save a request."""
+
+REQUEST_BYTES = 16 << 20
+REREADS = 2
+SUBSTITUTES = 100
+
+
+@dataclass
+class LoaderMetrics:
+    """What a loader has done so far. Counters only rise; ``read_ahead_*`` are gauges.
+
+    ``bytes_used`` is what was decoded of ``bytes_fetched`` (the index's records included); ``wait_seconds`` the time
+    that training waited for data; ``read_ahead_clips`` are asked for or ready but not yet taken, and hold
+    ``read_ahead_bytes``, compressed and decoded; ``peak_bytes`` is the most they ever held. ``retries`` counts the
+    storage requests of the whole process that were tried again, ``skips`` the clips that were skipped, by reason.
+    """
+
+    clips: int = 0
+    substitutes: int = 0
+    requests: int = 0
+    bytes_fetched: int = 0
+    bytes_used: int = 0
+    retries: int = 0
+    wait_seconds: float = 0.0
+    read_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    read_ahead_clips: int = 0
+    read_ahead_bytes: int = 0
+    peak_bytes: int = 0
+    skips: Mapping[str, int] = field(default_factory=dict)
+
+
+class Loader:
+    """The micro-batches of rank ``rank`` of ``world``.
+
+    ``datasets`` are (dataset, weight) for video batches, ``images`` for image batches (None: one drawn frame of a video
+    serves as an image). ``plan(step)`` gives the global batch of each of the ``steps``. ``granularity`` neighbouring
+    clips stand and are read together. Reading runs ``read_ahead`` steps ahead, within ``memory_bytes`` (at least one
+    step is always held). ``workers`` threads decode; with 0 the caller's thread does. A clip that can't be used is
+    charged to ``budget`` and replaced by a substitute that its place determines. After ``timeout_seconds`` without any
+    progress the run ends with a message.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[tuple[Dataset, float]],
+        images: Sequence[tuple[Dataset, float]] | None,
+        plan: Callable[[int], BatchPlan],
+        steps: int,
+        *,
+        seed: int,
+        micro_batch: int,
+        granularity: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 1,
+        read_ahead: int = 2,
+        memory_bytes: int = 2 << 30,
+        budget: FaultBudget | None = None,
+        captions: bool = True,
+        timeout_seconds: float = 300.0,
+        backend: Backend | None = None,
+    ) -> None:
+        self.plan = plan
+        self.steps = steps
+        self.seed = seed
+        self.micro_batch = micro_batch
+        self.granularity = granularity
+        self.rank, self.world = rank, world
+        self.workers = workers
+        self.read_ahead = read_ahead
+        self.memory_bytes = memory_bytes
+        self.budget = budget or FaultBudget()
+        self.captions = captions
+        self.timeout_seconds = timeout_seconds
+        self.backend = backend
+        self._datasets: dict[Stream, tuple[Dataset, ...]] = {}
+        self._mixtures: dict[Stream, Mixture] = {}
+        streams: dict[Stream, Sequence[tuple[Dataset, float]]] = {"video": datasets, "image": images or datasets}
+        for stream, weighted in streams.items():
+            self._datasets[stream] = tuple(dataset for dataset, _ in weighted)
+            self._mixtures[stream] = Mixture(
+                derive(seed, 0, f"stream/{stream}"),
+                [dataset.clips for dataset, _ in weighted],
+                [weight for _, weight in weighted],
+                granularity,
+            )
+        self._widths = {stream: _caption_width(opened) if captions else 0 for stream, opened in self._datasets.items()}
+        self._metrics = LoaderMetrics()
+        self._lock = threading.Lock()
+        self._next_step = 0
+        self._run: _Run | None = None
+
+    def iter_from(self, step: int) -> Iterator[tuple[int, list[Batch]]]:
+        """Yields (step, micro-batches of this rank) from ``step`` to the last. Ends its threads when it is closed.
+
+        Raises InputError for what the operator must mend: a spent fault budget, a missing or changed shard, a store
+        that does not answer.
+        """
+        self.close()
+        run = self._run = _Run(self, step)
+        try:
+            for current in range(step, self.steps):
+                batches = run.take(current)
+                self._next_step = current + 1
+                yield current, batches
+        finally:
+            run.close()
+
+    def __iter__(self) -> Iterator[tuple[int, list[Batch]]]:
+        return self.iter_from(self._next_step)
+
+    def state_dict(self, step: int | None = None) -> dict[str, Any]:
+        """All that a resume needs, at any world size: the next step (or ``step``), and what must not change."""
+        return {
+            "step": self._next_step if step is None else step,
+            "seed": self.seed,
+            "granularity": self.granularity,
+            "datasets": {stream: self._identity(stream) for stream in self._datasets},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up at the state's step; raises InputError if seed, granularity, datasets or weights differ."""
+        for name, now in (("seed", self.seed), ("granularity", self.granularity)):
+            if state[name] != now:
+                raise InputError(f"data.{name} is {now}, but this run started with {state[name]}; set it back")
+        for stream in self._datasets:
+            old, now = [tuple(line) for line in state["datasets"][stream]], self._identity(stream)
+            if old != now:
+                raise InputError(
+                    f"the {stream} datasets are not those that this run started with: the order of clips would change. "
+                    f"Then (name, digest, quota): {old}; now: {now}. Restore them, or start a new run"
+                )
+        self._next_step = int(state["step"])
+
+    def _identity(self, stream: Stream) -> list[tuple[str, str, int]]:
+        quotas = self._mixtures[stream].quotas
+        return [(d.name, d.digest, quota) for d, quota in zip(self._datasets[stream], quotas, strict=True)]
+
+    def draw(self, plan: BatchPlan, offset: int, substitute: int = 0) -> tuple[Dataset, Draw]:
+        """The clip at ``offset`` of a global batch."""
+        draw = self._mixtures[plan.stream].draw(plan.stream_place + offset, substitute)
+        return self._datasets[plan.stream][draw.dataset], draw
+
+    @property
+    def metrics(self) -> LoaderMetrics:
+        """The metrics as they are now."""
+        with self._lock:
+            now = dataclasses.replace(self._metrics)
+        for dataset in {id(d): d for datasets in self._datasets.values() for d in datasets}.values():
+            now.requests += dataset.requests
+            now.bytes_fetched += dataset.bytes_fetched
+        now.skips = dict(self.budget.counts())
+        now.retries = sum(storage.counters.snapshot()["retries"].values())
+        return now
+
+    def close(self) -> None:
+        """Ends all threads; a read that is under way is left to end by itself."""
+        if self._run is not None:
+            self._run.close()
+            self._run = None
+
+    def _count(self, **amounts: float) -> None:
+        with self._lock:
+            for name, amount in amounts.items():
+                setattr(self._metrics, name, getattr(self._metrics, name) + amount)
+            self._metrics.peak_bytes = max(self._metrics.peak_bytes, self._metrics.read_ahead_bytes)
+
+
+@dataclass(slots=True)
+class _Micro:
+    """A micro-batch that fills up, clip by clip."""
+
+    share: Share
+    pixels_BCTHW: Tensor
+    clips: list[Clip | None]
+
+
+@dataclass(slots=True)
+class _Step:
+    """The rank's part of one global batch, on its way."""
+
+    plan: BatchPlan
+    micros: list[_Micro]
+    clips: int
+    left: int
+    bytes: int
+
+
+@dataclass(slots=True)
+class _Want:
+    """One clip that a step waits for: row ``row`` of its micro-batch, at ``offset`` of the global batch."""
+
+    step: _Step
+    micro: _Micro
+    row: int
+    offset: int
+    dataset: Dataset
+    draw: Draw
+    shard: int
+    index: int
+
+    @property
+    def place(self) -> int:
+        return self.step.plan.place + self.offset
+
+    def source(self, key: str) -> Source:
+        return Source(self.dataset.name, self.dataset.files[self.shard], key)
+
+
+class _Run:
+    """Threads and queues of one iteration. Queue items are (step, serial number, job): the oldest step goes first."""
+
+    def __init__(self, loader: Loader, first: int) -> None:
+        self.loader = loader
+        self.next_step = first
+        self.steps: dict[int, _Step] = {}
+        self.reads: queue.PriorityQueue[tuple[int, int, Any]] = queue.PriorityQueue()
+        self.decodes: queue.PriorityQueue[tuple[int, int, Any]] = queue.PriorityQueue()
+        self.serial = itertools.count()
+        self.changed = threading.Condition()
+        self.progress = 0
+        self.error: BaseException | None = None
+        self.closed = False
+        loops = [(self.reads, self._read)] * READERS + [(self.decodes, self._decode)] * loader.workers
+        self.threads = [
+            threading.Thread(
+                target=self._loop, args=loop, daemon=True, name=f"loader-{loop[1].__name__.strip('_')}-{i}"
+            )
+            for i, loop in enumerate(loops)
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    def take(self, number: int) -> list[Batch]:
+        """The step's batches, as soon as they are there; starts what may run ahead."""
+        while self.next_step <= min(number + self.loader.read_ahead, self.loader.steps - 1):
+            if self.next_step > number and not self._fits(self.next_step):
+                break
+            self._start(self.next_step)
+            self.next_step += 1
+        step = self.steps[number]
+        began = time.perf_counter()
+        self._wait(number, step)
+        del self.steps[number]
+        self.loader._count(
+            wait_seconds=time.perf_counter() - began,
+            read_ahead_bytes=-step.bytes,
+            read_ahead_clips=-step.clips,
+            clips=sum(micro.share.count for micro in step.micros if micro.share.weight),
+        )
+        return [self._batch(step, micro) for micro in step.micros]
+
+    def close(self) -> None:
+        """Tells the threads to end, and waits for those that are not in the middle of a read."""
+        if self.closed:
+            return
+        self.closed = True
+        for jobs in (self.reads, self.decodes):
+            for _ in self.threads:
+                jobs.put((-1, next(self.serial), None))
+        deadline = time.monotonic() + 1.0
+        for thread in self.threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        with self.loader._lock:
+            self.loader._metrics.read_ahead_bytes = self.loader._metrics.read_ahead_clips = 0
+
+    def _fits(self, number: int) -> bool:
+        plan = self.loader.plan(number)
+        clips = -(-plan.clips // self.loader.world)
+        with self.loader._lock:
+            held = self.loader._metrics.read_ahead_bytes
+        return held + clips * _clip_bytes(plan) <= self.loader.memory_bytes
+
+    def _start(self, number: int) -> None:
+        """Allocates the step's batches and asks for its clips."""
+        loader, plan = self.loader, self.loader.plan(number)
+        shares = share(plan.clips, loader.rank, loader.world, loader.micro_batch)
+        micros = [
+            _Micro(part, torch.empty((part.count, 3, plan.rule.frames, *plan.size)), [None] * part.count)
+            for part in shares
+        ]
+        clips = sum(part.count for part in shares)
+        step = self.steps[number] = _Step(plan, micros, clips, clips, clips * _clip_bytes(plan))
+        loader._count(read_ahead_bytes=step.bytes, read_ahead_clips=clips)
+        wants = [
+            self._want(step, micro, row, micro.share.first + row)
+            for micro in micros
+            for row in range(micro.share.count)
+        ]
+        for group in neighbours(wants):
+            self.reads.put((number, next(self.serial), group))
+
+    def _want(self, step: _Step, micro: _Micro, row: int, offset: int, substitute: int = 0) -> _Want:
+        dataset, draw = self.loader.draw(step.plan, offset, substitute)
+        return _Want(step, micro, row, offset, dataset, draw, *dataset.locate(draw.clip))
+
+    def _wait(self, number: int, step: _Step) -> None:
+        while True:
+            seen = self.progress
+            if self.loader.workers == 0:
+                while step.left and self.error is None:
+                    try:
+                        job = self.decodes.get(timeout=self.loader.timeout_seconds)[2]
+                    except queue.Empty:
+                        break
+                    if job is not None:
+                        self._guarded(self._decode, job)
+            else:
+                with self.changed:
+                    self.changed.wait_for(lambda: not step.left or self.error is not None, self.loader.timeout_seconds)
+            if self.error is not None:
+                raise self.error
+            if not step.left:
+                return
+            if self.progress == seen:
+                waiting = sorted(f"{dataset.name}/{dataset.files[shard]}" for dataset, shard in self._missing(step))
+                raise InputError(
+                    f"no clip arrived for {self.loader.timeout_seconds:.0f} s; step {number} waits for {len(waiting)} "
+                    f"shards: {', '.join(waiting[:5])}. Is the storage up?"
+                )
+
+    def _missing(self, step: _Step) -> set[tuple[Dataset, int]]:
+        found = set()
+        for micro in step.micros:
+            for row, clip in enumerate(micro.clips):
+                if clip is None:
+                    want = self._want(step, micro, row, micro.share.first + row)
+                    found.add((want.dataset, want.shard))
+        return found
+
+    def _loop(self, jobs: queue.PriorityQueue, handle: Callable[[Any], None]) -> None:
+        while not self.closed:
+            job = jobs.get()[2]
+            if job is not None:
+                self._guarded(handle, job)
+
+    def _guarded(self, handle: Callable[[Any], None], job: Any) -> None:
+        try:
+            if not self.closed:
+                handle(job)
+        except BaseException as error:
+            with self.changed:
+                self.error = self.error or error
+                self.changed.notify_all()
+            self.decodes.put((-1, next(self.serial), None))
+
+    def _read(self, group: list[_Want]) -> None:
+        """Reads neighbouring clips of one shard and hands each to be decoded."""
+        began = time.perf_counter()
+        dataset, shard, first = group[0].dataset, group[0].shard, group[0].index
+        records = dataset.records(shard, first, group[-1].index + 1)
+        spans = set()
+        for want in group:
+            record = records[want.index - first]
+            spans.add((int(record["offset"]), int(record["offset"]) + int(record["bytes"])))
+            if self.loader.captions and record["caption_bytes"]:
+                start = int(record["caption_offset"])
+                spans.add((start, start + int(record["caption_bytes"])))
+        pieces = _Pieces(self, dataset, shard)
+        for start, end in coalesce(sorted(spans)):
+            if self.closed:
+                return
+            pieces.read(start, end)
+        number = group[0].step.plan.step
+        for want in group:
+            record = records[want.index - first]
+            data = pieces.get(record["offset"], record["bytes"], record["crc"])
+            caption = None
+            if self.loader.captions and record["caption_bytes"] and data is not None:
+                caption = pieces.get(record["caption_offset"], record["caption_bytes"], record["caption_crc"])
+                data = None if caption is None else data
+            held = len(data or b"") + len(caption or b"")
+            if self.closed:
+                return
+            self.loader._count(read_ahead_bytes=held, bytes_used=held)
+            self.decodes.put((number, next(self.serial), (want, record, data, caption)))
+        self.loader._count(read_seconds=time.perf_counter() - began)
+
+    def _decode(self, job: tuple[_Want, np.void, bytes | None, bytes | None]) -> None:
+        want, record, data, caption = job
+        began = time.perf_counter()
+        plan, source = want.step.plan, want.source(record["key"].decode())
+        self.loader.budget.used()
+        try:
+            if data is None:
+                raise Skip("digest", f"{source}: its bytes do not have the digest that the index has")
+            clip = make_clip(
+                data,
+                record,
+                plan.rule,
+                plan.size,
+                self.loader.seed,
+                want.place,
+                source,
+                caption=caption,
+                caption_width=self.loader._widths[plan.stream],
+                substitute=want.draw.substitute,
+                out_CTHW=want.micro.pixels_BCTHW[want.row],
+                backend=self.loader.backend,
+            )
+        except Skip as skip:
+            self.loader.budget.charge(skip)
+            self._substitute(want, skip)
+        else:
+            with self.changed:
+                want.micro.clips[want.row] = clip
+                want.step.left -= 1
+                self.progress += 1
+                if not want.step.left:
+                    self.changed.notify_all()
+        self.loader._count(
+            read_ahead_bytes=-len(data or b"") - len(caption or b""), decode_seconds=time.perf_counter() - began
+        )
+
+    def _substitute(self, want: _Want, skip: Skip) -> None:
+        number = want.draw.substitute + 1
+        if number > SUBSTITUTES:
+            raise InputError(
+                f"{SUBSTITUTES} substitutes for place {want.place} can't be used either; the last one: {skip}. "
+                f"Check dataset {want.dataset.name} with `moviola lint`"
+            )
+        self.loader._count(substitutes=1)
+        again = self._want(want.step, want.micro, want.row, want.offset, number)
+        self.reads.put((want.step.plan.step, next(self.serial), [again]))
+
+    def _batch(self, step: _Step, micro: _Micro) -> Batch:
+        clips = [clip for clip in micro.clips if clip is not None]
+        emb_BLD, mask_BL = _pad([clip.caption_emb_LD for clip in clips], self.loader._widths[step.plan.stream])
+        return Batch(
+            pixels_BCTHW=micro.pixels_BCTHW,
+            fps_B=torch.tensor([clip.fps for clip in clips]),
+            motion_B=torch.tensor([clip.motion for clip in clips]),
+            places=tuple(clip.place for clip in clips),
+            sources=tuple(clip.source for clip in clips),
+            plan=step.plan,
+            weight=float(micro.share.weight),
+            seed=self.loader.seed,
+            caption_emb_BLD=emb_BLD,
+            caption_mask_BL=mask_BL,
+            substitutes=tuple(clip.substitute for clip in clips),
+        )
+
+
+class _Pieces:
+    """Byte ranges of one shard that have been read."""
+
+    def __init__(self, run: _Run, dataset: Dataset, shard: int) -> None:
+        self.run, self.dataset, self.shard = run, dataset, shard
+        self.pieces: list[tuple[int, bytes]] = []
+
+    def read(self, start: int, end: int) -> bytes:
+        url = self.dataset.shard_url(self.shard)
+        try:
+            data = storage.read_bytes(url, start, end)
+        except storage.Missing:
+            raise InputError(
+                f"shard {storage.redact(url)} is missing, but the index of dataset {self.dataset.name} names it; "
+                "restore it, or run `moviola index` again and start a new run"
+            ) from None
+        self.run.loader._count(requests=1, bytes_fetched=len(data))
+        self.pieces.append((start, data))
+        return data
+
+    def get(self, offset: int, count: int, crc: int) -> bytes | None:
+        """A member's bytes, read again if their digest is wrong; None if it stays wrong.
+
+        Raises InputError if the whole shard is no longer the one that was indexed.
+        """
+        offset, count = int(offset), int(count)
+        first, piece = next((f, p) for f, p in self.pieces if f <= offset and offset + count <= f + len(p))
+        data = piece[offset - first : offset - first + count]
+        for _ in range(REREADS):
+            if zlib.crc32(data) == crc:
+                return data
+            storage.counters.retry("digest")
+            data = self.read(offset, offset + count)
+        if zlib.crc32(data) == crc:
+            return data
+        url, expected = self.dataset.shard_url(self.shard), int(self.dataset.shard_bytes[self.shard])
+        if (found := storage.size(url)) != expected:
+            raise InputError(
+                f"shard {storage.redact(url)} has {found} bytes; its index says {expected}: dataset "
+                f"{self.dataset.name} changed under the run. Restore it, or index it again and start a new run"
+            )
+        return None
+
+
+def coalesce(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sorted byte spans as fewer requests: neighbours are joined while the bytes between them stay under WASTE."""
+    requests: list[list[int]] = []
+    used = waste = 0
+    for start, end in spans:
+        gap = start - requests[-1][1] if requests else 0
+        joins = requests and end - requests[-1][0] <= REQUEST_BYTES and waste + gap <= WASTE * (used + end - start)
+        used += end - start
+        if joins:
+            waste += max(gap, 0)
+            requests[-1][1] = max(requests[-1][1], end)
+        else:
+            requests.append([start, end])
+    return [(start, end) for start, end in requests]
+
+
+def neighbours(wants: Iterable[_Want]) -> list[list[_Want]]:
+    """Clips of one shard that lie side by side, in the order in which training needs the first of each group."""
+    shards: dict[tuple[int, int], list[_Want]] = defaultdict(list)
+    for want in wants:
+        shards[id(want.dataset), want.shard].append(want)
+    groups = []
+    for members in shards.values():
+        members.sort(key=lambda want: want.index)
+        group = [members[0]]
+        for want in members[1:]:
+            if want.index - group[-1].index > 1:
+                groups.append(group)
+                group = []
+            group.append(want)
+        groups.append(group)
+    return sorted(groups, key=lambda group: min(want.offset for want in group))
+
+
+def _clip_bytes(plan: BatchPlan) -> int:
+    return 3 * plan.rule.frames * plan.size[0] * plan.size[1] * 4
+
+
+def _caption_width(datasets: Iterable[Dataset]) -> int:
+    """D of the stream's embeddings, 0 where no dataset has any; raises InputError where they differ."""
+    widths = {d.name: d.caption_width for d in datasets if d.caption_width}
+    if len(set(widths.values())) > 1:
+        raise InputError(f"the datasets' captions have embeddings of different widths: {widths}; use one text encoder")
+    return next(iter(widths.values()), 0)
+
+
+def _pad(captions: Sequence[Tensor | None], width: int) -> tuple[Tensor | None, Tensor | None]:
+    """Embeddings of several lengths as (B, L, D) zero-padded and their mask (B, L); None where ``width`` is 0.
+
+    Whether there are tensors depends on the datasets and not on the clips, so all ranks take the same path.
+    """
+    if not width:
+        return None, None
+    length = max((len(caption) for caption in captions if caption is not None), default=1)
+    emb_BLD = torch.zeros(len(captions), length, width)
+    mask_BL = torch.zeros(len(captions), length, dtype=torch.bool)
+    for b, caption in enumerate(captions):
+        if caption is not None:
+            emb_BLD[b, : len(caption)] = caption
+            mask_BL[b, : len(caption)] = True
+    return emb_BLD, mask_BL

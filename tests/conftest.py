@@ -1,0 +1,41 @@
+"""What all tests share: a small packed dataset, and where real footage is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipelines import synthetic
+from pipelines.pack import pack
+from pipelines.rules import Card, PackRules
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed dataset of procedural footage: 12 clips of 16 frames, 32x32, in two shards. Read it only."""
+    folder = tmp_path_factory.mktemp("dataset")
+    synthetic.write_videos(folder / "videos", count=6, seconds=4 / 3, size=(32, 32), seed=1)
+    rules = PackRules(
+        card=Card(name="small"),
+        frames=16,
+        least_frames=16,
+        cuts=False,
+        size=(32, 32),
+        preset="ultrafast",
+        shard_clips=8,
+    )
+    pack(folder / "videos", folder / "shards", rules, workers=2)
+    return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def footage() -> Path:
+    """The folder of real videos that MOVIOLA_FOOTAGE names; without one the test is skipped."""
+    folder = Path(os.environ.get("MOVIOLA_FOOTAGE", ROOT / "../shared/data/videos"))
+    if not folder.is_dir():
+        pytest.skip(f"no real footage at {folder}; MOVIOLA_FOOTAGE names a folder of videos")
+    return folder

@@ -1,0 +1,122 @@
+"""A TCP proxy in front of an HTTP server that injects one fault a request, at the socket."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+from collections import deque
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to one request. ``kind``: reset, stall, status, lose, truncate, dribble or corrupt.
+
+    ``status`` with ``headers`` is what "status" answers; ``bytes`` of the body are sent before "truncate" closes.
+    ``on`` limits the fault to requests whose first line holds that text; "lose" forwards and drops the answer.
+    """
+
+    kind: str
+    status: int = 500
+    headers: str = ""
+    bytes: int = 0
+    on: str = ""
+
+
+class FaultyProxy:
+    """Forwards to ``upstream`` (http://host:port), one request a connection; ``faults`` are spent in order."""
+
+    def __init__(self, upstream: str) -> None:
+        split = urlsplit(upstream)
+        self.upstream = (split.hostname, split.port)
+        self.faults: deque[Fault] = deque()
+        self.requests: list[str] = []
+        self.closed = threading.Event()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self._lock = threading.Lock()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self.closed.set()
+        self.listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.listener.accept()
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client, contextlib.suppress(OSError):
+            request = _message(client)
+            if not request:
+                return
+            line = request.split(b"\r\n", 1)[0].decode()
+            with self._lock:
+                self.requests.append(line)
+                fault = self.faults.popleft() if self.faults and self.faults[0].on in line else None
+            if fault is None:
+                client.sendall(self._forward(request))
+            else:
+                self._break(client, request, fault)
+
+    def _break(self, client: socket.socket, request: bytes, fault: Fault) -> None:
+        if fault.kind == "reset":
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        elif fault.kind == "stall":
+            self.closed.wait(30)
+        elif fault.kind == "status":
+            body = b"<Error><Code>Injected</Code><Message>injected</Message></Error>"
+            head = (
+                f"HTTP/1.1 {fault.status} x\r\n{fault.headers}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+            )
+            client.sendall(head.encode() + body)
+        else:
+            answer = self._forward(request)
+            head, _, body = answer.partition(b"\r\n\r\n")
+            if fault.kind == "lose":
+                return
+            if fault.kind == "truncate":
+                client.sendall(head + b"\r\n\r\n" + body[: fault.bytes])
+            elif fault.kind == "corrupt":
+                client.sendall(head + b"\r\n\r\n" + bytes([body[0] ^ 1]) + body[1:])
+            elif fault.kind == "dribble":
+                client.sendall(head + b"\r\n\r\n")
+                for byte in body:
+                    client.sendall(bytes([byte]))
+                    if self.closed.wait(0.02):
+                        return
+            else:
+                raise ValueError(fault.kind)
+
+    def _forward(self, request: bytes) -> bytes:
+        with socket.create_connection(self.upstream) as upstream:
+            head, _, body = request.partition(b"\r\n\r\n")
+            upstream.sendall(head + b"\r\nConnection: close\r\n\r\n" + body)
+            chunks = []
+            while chunk := upstream.recv(1 << 16):
+                chunks.append(chunk)
+        return b"".join(chunks)
+
+
+def _message(client: socket.socket) -> bytes:
+    """One HTTP request: head and, where it has a Content-Length, body."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        chunk = client.recv(1 << 16)
+        if not chunk:
+            return b""
+        data += chunk
+    head, _, body = data.partition(b"\r\n\r\n")
+    lines = [line.split(b":", 1) for line in head.split(b"\r\n")[1:]]
+    fields = {name.strip().lower(): value.strip() for name, value in lines}
+    if fields.get(b"expect", b"").lower() == b"100-continue":
+        client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        head = b"\r\n".join(line for line in head.split(b"\r\n") if not line.lower().startswith(b"expect:"))
+    while len(body) < int(fields.get(b"content-length", 0)):
+        body += client.recv(1 << 16)
+    return head + b"\r\n\r\n" + body

@@ -1,0 +1,204 @@
+"""Decoding: the very frames that were asked for, no more work than they need, and a Skip for what can't be decoded."""
+
+from __future__ import annotations
+
+import io
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from test_index import picture, video
+from torch.nn import functional as F
+
+from pipelines import decode
+from pipelines.decode import Video, open_video, probe
+from pipelines.faults import InputError, Skip
+
+FORMATS = {"mp4": "mp4", "mkv": "matroska", "avi": "avi"}
+
+
+def moving(
+    frames: int = 40,
+    size: tuple[int, int] = (48, 64),
+    suffix: str = "mp4",
+    times: list[int] | None = None,
+    **options: str,
+) -> bytes:
+    """A video in which every frame differs from every other one."""
+    rng = np.random.default_rng(3)
+    texture = rng.integers(0, 256, (size[0], size[1] + 8 * frames, 3), dtype=np.uint8)
+    texture = (texture // 4 + np.linspace(0, 180, texture.shape[1])[None, :, None]).astype(np.uint8)
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=FORMATS[suffix]) as container:
+        stream = container.add_stream("mpeg4" if suffix == "avi" else "libx264", rate=24, options=options)
+        stream.height, stream.width = size
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.qmax = 4 if suffix == "avi" else stream.codec_context.qmax
+        if times:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number in range(frames):
+            picture = av.VideoFrame.from_ndarray(
+                np.ascontiguousarray(texture[:, 8 * number : 8 * number + size[1]]), format="rgb24"
+            )
+            if times:
+                picture.pts, picture.time_base = times[number], Fraction(1, 1000)
+            for packet in stream.encode(picture):
+                container.mux(packet)
+        for packet in stream.encode(None):
+            container.mux(packet)
+    return buffer.getvalue()
+
+
+def all_frames(data: bytes) -> np.ndarray:
+    with av.open(io.BytesIO(data)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).transpose(0, 3, 1, 2)
+
+
+VIDEOS = {
+    "keyframes every 250": moving(g="250", bf="3"),
+    "keyframes every 8": moving(g="8", bf="0"),
+    "open groups of pictures": moving(g="10", bf="3", **{"x264-params": "open-gop=1"}),
+    "b-frame pyramid": moving(g="40", bf="4", **{"x264-params": "b-pyramid=normal"}),
+    "variable frame rate": moving(times=[40 * i + (i % 3) * 11 for i in range(40)], g="12"),
+    "matroska": moving(suffix="mkv", g="12"),
+    "mpeg-4 in avi": moving(suffix="avi", g="12", bf="2"),
+    "a width that vectors don't divide": moving(size=(50, 70)),
+    "odd planes": moving(size=(48, 84)),
+}
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_frames_are_those_of_plain_decoding(name: str) -> None:
+    data, whole = VIDEOS[name], all_frames(VIDEOS[name])
+    info = probe(data, False, name)
+    assert (info.frames, info.height, info.width) == (len(whole), *whole.shape[2:])
+    assert len(np.unique(whole.reshape(len(whole), -1), axis=0)) == len(whole) == 40
+    for numbers in ([0], [39], range(9), [5, 6, 7], [3, 11, 12, 30], range(31, 40), range(40), [17, 38]):
+        with Video(data, name) as opened:
+            frames_TCHW = opened.read(list(numbers))
+        assert frames_TCHW.dtype == torch.uint8
+        assert np.array_equal(frames_TCHW.numpy(), whole[list(numbers)])
+
+
+def test_decoding_starts_at_a_keyframe_and_stops_after_the_last_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, given = moving(g="8", bf="0"), []
+    packets = decode._packets
+    monkeypatch.setattr(decode, "_packets", lambda container: _Watched(packets(container), given))
+    with Video(data, "x") as opened:
+        opened.read([18, 20])
+    assert given == [16, 17, 18, 19, 20]
+    with Video(data, "x") as opened:
+        opened.read([0, 1])
+    assert given[5:] == [0, 1]
+
+
+class _Watched(list):
+    """Packets that note the index of each that is taken by it."""
+
+    def __init__(self, packets: list, given: list[int]) -> None:
+        super().__init__(packets)
+        self.given = given
+
+    def __getitem__(self, index: int) -> object:  # type: ignore[override]
+        self.given.append(index)
+        return super().__getitem__(index)
+
+
+def test_resizing_is_antialiased() -> None:
+    checker = np.indices((128, 128)).sum(0) % 2 * 255
+    data = io.BytesIO()
+    with av.open(data, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=24, options={"crf": "0"})
+        stream.height, stream.width, stream.pix_fmt = 128, 128, "yuv420p"
+        pixels = np.repeat(checker[:, :, None], 3, 2).astype(np.uint8)
+        for packet in [*stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")), *stream.encode(None)]:
+            container.mux(packet)
+    with Video(data.getvalue(), "x") as opened:
+        small = opened.read([0], (32, 32)).float()
+    assert small.shape == (1, 3, 32, 32)
+    assert (small - 127.5).abs().mean() < 8
+
+    data, (height, width) = moving(size=(96, 128)), (40, 56)
+    reference = F.interpolate(
+        torch.from_numpy(all_frames(data)[[4]]).float(), (height, width), mode="bicubic", antialias=True
+    )
+    with Video(data, "x") as opened:
+        error = (opened.read([4], (height, width)) - reference).abs()
+    assert error.mean() < 3 and error[..., -8:].mean() < 1.5 * error.mean()
+
+
+@pytest.mark.parametrize("codec", ["png", "mjpeg"])
+def test_images_are_one_frame(codec: str) -> None:
+    data = picture((20, 30), codec)
+    assert probe(data, True, "x").frames == 1
+    with open_video(data, "x", image=True) as opened:
+        assert (opened.height, opened.width) == (20, 30)
+        frames_TCHW = opened.read([0])
+    assert frames_TCHW.shape == (1, 3, 20, 30)
+    assert (frames_TCHW.float() - 90).abs().max() <= 2
+
+
+def test_corrupt_short_and_absurd_clips_are_skipped() -> None:
+    data = moving()
+    for broken in (b"", b"no video", data[: len(data) // 3], b"\0" * 5000):
+        with pytest.raises(Skip) as caught, Video(broken, "shard.tar/key") as opened:
+            opened.read(range(40))
+        assert caught.value.reason in ("undecodable", "short") and "shard.tar/key" in caught.value.detail
+    with pytest.raises(Skip, match="short: a/b: frame 40 was asked for, it has 40"), Video(data, "a/b") as opened:
+        opened.read([3, 40])
+    with pytest.raises(Skip, match="absurd: a/b: 40 frames of 64 x 20000"), Video(data, "a/b") as opened:
+        opened.read(range(40), (20000, 64))
+    with pytest.raises(Skip, match="undecodable: a/b"):
+        probe(b"junk", False, "a/b")
+    with pytest.raises(Skip, match="undecodable: a/b"):
+        probe(video(1)[:300], False, "a/b")
+
+
+def test_a_hole_in_the_data_never_gives_other_pixels_silently() -> None:
+    data = bytearray(moving(g="8", bf="0"))
+    whole = all_frames(bytes(data))
+    at = len(data) // 2
+    data[at : at + 400] = b"\xff" * 400
+    try:
+        with Video(bytes(data), "x") as opened:
+            frames_TCHW = opened.read(range(40)).numpy()
+    except Skip:
+        return
+    wrong = [i for i in range(40) if not np.array_equal(frames_TCHW[i], whole[i])]
+    assert wrong, "the bytes were changed"  # which the digest of the index catches before decoding
+
+
+def test_torchcodec_gives_the_same_frames_where_it_loads() -> None:
+    data = moving(g="12")
+    try:
+        with open_video(data, "x", backend="torchcodec") as opened:
+            frames_TCHW = opened.read([3, 4, 20])
+    except InputError as error:
+        assert "install FFmpeg" in str(error)
+        pytest.skip(str(error))
+    assert np.array_equal(frames_TCHW.numpy(), all_frames(data)[[3, 4, 20]])
+
+
+@pytest.mark.footage
+def test_real_footage_of_every_container_decodes_as_plainly(footage: Path) -> None:
+    checked = 0
+    for path in sorted(footage.iterdir()):
+        if path.suffix not in (".mp4", ".mkv", ".avi", ".mov", ".webm") or path.stat().st_size > 600_000:
+            continue
+        data = path.read_bytes()
+        info = probe(data, False, path.name)
+        numbers = [info.frames // 4, info.frames // 4 + 1, info.frames // 4 + 4]
+        with av.open(io.BytesIO(data)) as container:
+            plain = []
+            for number, frame in enumerate(container.decode(video=0)):
+                if number in numbers:
+                    plain.append(frame.to_ndarray(format="rgb24").transpose(2, 0, 1))
+                if number >= numbers[-1]:
+                    break
+        with Video(data, path.name) as opened:
+            assert np.array_equal(opened.read(numbers).numpy(), np.stack(plain)), path.name
+        checked += 1
+    assert checked >= 5
