@@ -1,0 +1,172 @@
+"""A manifest is judged as a whole: every fault at once, with its field, value, reason and remedy."""
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.faults import InputError
+from trainer import manifest as manifests
+
+GOOD = {
+    "name": "small",
+    "recipe": "arvae",
+    "model": {"down": 8, "motion_channels": 2, "supplement_channels": 2},
+    "data": {"train": "s3://videos/vimeo90k", "eval": "s3://videos/mcl-jcv"},
+    "batch": 8,
+    "workers": {"count": [1, 4]},
+}
+
+
+def _with(**changes):
+    return {**GOOD, **changes}
+
+
+def _faults(plain):
+    with pytest.raises(InputError) as caught:
+        manifests.validate(plain, "m.yaml")
+    assert caught.value.status == 2
+    return str(caught.value)
+
+
+def test_a_resolved_manifest_is_complete_in_itself():
+    run = manifests.validate(_with(stages={"frames-3": {"steps": 7, "clip": {"sizes": [[64, 64]]}}}), "m")
+    plain = run.resolved()
+    assert plain["stages"]["frames-3"]["steps"] == 7
+    assert plain["stages"]["frames-3"]["clip"]["frames"] == 3
+    again = manifests.validate(yaml.safe_load(yaml.safe_dump(plain)), "again")
+    assert again.resolved() == plain
+    assert again.digest() == run.digest()
+
+
+def test_identity_ignores_hardware_and_cadence_and_nothing_else():
+    base = manifests.validate(GOOD, "m")
+    other = _with(workers={"count": 2}, checkpoint={"every_steps": 7}, zero={"stage": 3}, trace=True, name="other")
+    assert manifests.validate(other, "m").digest() == base.digest()
+    for change in ({"seed": 1}, {"batch": 16}, {"optimizer": {"lr": 1e-3}}, {"data": {"train": "elsewhere"}}):
+        assert manifests.validate(_with(**change), "m").digest() != base.digest(), change
+
+
+def test_all_faults_in_one_go_with_the_nearest_name():
+    text = _faults(
+        _with(
+            bacth=4,
+            batch=-1,
+            model={"down": 9, "motion_chanels": 2},
+            data={"train": [{"dataset": "x", "wieght": 2}], "workers": "many"},
+            zero={"stage": 7},
+            name="Bad Name",
+        )
+    )
+    assert text.startswith("m.yaml: 8 faults in the manifest:")
+    for expected in (
+        "bacth: no such field; did you mean 'batch'?",
+        "batch: -1: input should be greater than 0",
+        "data.train.0.wieght: no such field; did you mean 'weight'?",
+        'data.workers: "many"',
+        "zero.stage: 7",
+        'name: "Bad Name": use 1 to 48 small letters',
+        "model.down: 9",
+        "model.motion_chanels: no such field; did you mean 'motion_channels'?",
+    ):
+        assert expected in text, text
+
+
+def test_faults_that_only_show_together():
+    text = _faults(
+        _with(
+            workers={"count": [9, 16]},
+            data={"train": "a", "eval": "a/"},
+            stages={"frames-5": {"clip": {"sizes": [[60, 64]]}, "optimizer": {"lr": 0}}},
+        )
+    )
+    assert "workers.count: 16 workers share a global batch of 8 clips" in text
+    assert "data.eval: a/ is also trained on" in text
+    assert "stages.frames-5.clip.sizes" in text and "60" in text
+    assert "stages.frames-5.optimizer.lr" in text
+
+
+def test_unknown_stage_and_recipe_name_what_there_is():
+    assert "stages.frame-3: no such field; did you mean 'frames-3'?" in _faults(_with(stages={"frame-3": {"steps": 1}}))
+    assert "recipe: recipe 'arvea' is not known; there are" in _faults(_with(recipe="arvea"))
+    assert "did you mean 'arvae'?" in _faults(_with(recipe="arvea"))
+    assert "every stage has 0 steps" in _faults(
+        _with(stages={name: {"steps": 0} for name in ("first-frame", "frames-3", "frames-5", "frames-7")})
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: a\nname: b\n", "line 2, column 1: key 'name' stands here twice"),
+        ("a: &x [1]\nb: *x\n", "aliases (*name) are not allowed"),
+        ("a: [1, 2\n", "line 2"),
+        ("", "this is empty"),
+        ("- 1\n", "this is a list"),
+        ("a: !!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
+        ("? [a]\n: 1\n", "a key must be plain text"),
+        ("a: " + "[" * 3000, "not readable as YAML"),
+        ("x" * (2 << 20), "a manifest has at most"),
+    ],
+)
+def test_hostile_yaml_is_refused_with_a_place(text, expected):
+    with pytest.raises(InputError, match=r"m\.yaml") as caught:
+        manifests.parse(text, "m.yaml")
+    assert expected in str(caught.value)
+
+
+def test_files_that_can_not_be_read(tmp_path):
+    with pytest.raises(InputError, match="there is no such file"):
+        manifests.load(tmp_path / "absent.yaml")
+    with pytest.raises(InputError, match="directory"):
+        manifests.load(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="not UTF-8 text at byte 0"):
+        manifests.load(tmp_path / "binary.yaml")
+
+
+def test_set_changes_any_field(tmp_path):
+    path = tmp_path / "m.yaml"
+    path.write_text(yaml.safe_dump(GOOD))
+    sets = ["optimizer.lr=1e-3", "stages.frames-3.steps=5", "workers.count=[1, 2]", "trace=true"]
+    run = manifests.load(path, sets, name="renamed")
+    assert run.optimizer.lr == 1e-3 and run.workers.count == (1, 2) and run.trace and run.name == "renamed"
+    for wrong, expected in {
+        "optimizer.lr": "write it as field=value",
+        "name.x=1": "name has no fields",
+        "a=[": "not a YAML value",
+        "..=1": "write it as field=value",
+    }.items():
+        with pytest.raises(InputError, match=expected.replace("[", r"\[")):
+            manifests.load(path, [wrong])
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = st.sampled_from(
+    [*manifests.RunManifest.model_fields, "data.train", "data.images", "stages.frames-3", "stages.frames-3.clip",
+     "model.down", "optimizer.betas", "workers.count", "clip.sizes", "stages.frames-7.losses", "model.first_frame"]
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(FIELDS, PLAIN), min_size=1, max_size=3))
+def test_any_manifest_is_accepted_or_refused_with_a_message(changes):
+    plain = yaml.safe_load(yaml.safe_dump(GOOD))
+    for path, value in changes:
+        node = plain
+        *parents, leaf = path.split(".")
+        for key in parents:
+            if not isinstance(node.get(key), dict):
+                node[key] = {}
+            node = node[key]
+        node[leaf] = value
+    try:
+        run = manifests.validate(plain, "m.yaml")
+    except InputError as error:
+        assert "fault" in str(error)
+    else:
+        assert manifests.validate(run.resolved(), "again").resolved() == run.resolved()

@@ -1,0 +1,236 @@
+"""A trained model as a codec: encodes, decodes and reconstructs videos of any length, in constant memory.
+
+    codec = load("s3://runs/arvae-16x16")                     a run, a checkpoint, or an exported folder
+    for latent in codec.encode(frames): ...                   named tensors, as early as the recipe can
+    for pixels_1CTHW in codec.decode(latents, size): ...
+    encode_file(codec, "in.mp4", "out.safetensors"); decode_file(codec, "out.safetensors", "out.mp4")
+    reconstruct_file(codec, "in.mp4", "out.mp4", beside=True)
+
+Legend: C channels (3, RGB), T frames, H height, W width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipelines import storage
+from pipelines.faults import InputError
+from trainer import checkpoint, footage, latents, run
+from trainer import recipe as recipes
+from trainer.recipe import Latent, Recipe
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+FORMAT = "moviola-codec-1"
+
+
+class Codec:
+    """A recipe and its model. Frames of any size go in: they are padded to what the recipe takes and cropped again."""
+
+    def __init__(self, recipe: Recipe, model: nn.Module, *, device: torch.device | str = "cpu") -> None:
+        self.recipe = recipe
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval().requires_grad_(False)
+
+    def padded(self, height: int, width: int) -> tuple[int, int]:
+        """The size that a frame of that size is coded at."""
+        multiple = self.recipe.multiple
+        return math.ceil(height / multiple) * multiple, math.ceil(width / multiple) * multiple
+
+    @torch.no_grad()
+    def encode(self, frames_1CTHW: Tensor | Iterable[Tensor]) -> Iterator[Latent]:
+        """Latents of a video, or of a stream of chunks of it, in [-1, 1]; each is yielded as early as it can be."""
+        yield from self.recipe.encode(self.model, map(self._pad, _chunks(frames_1CTHW)))
+
+    @torch.no_grad()
+    def decode(self, stream: Iterable[Latent], size: tuple[int, int]) -> Iterator[Tensor]:
+        """Chunks (1, C, t, H, W) in [-1, 1] on the codec's device, cropped to ``size`` (height, width)."""
+        height, width = size
+        moved = ({name: tensor.to(self.device) for name, tensor in latent.items()} for latent in stream)
+        for pixels_1CTHW in self.recipe.decode(self.model, moved):
+            yield pixels_1CTHW[..., :height, :width]
+
+    def reconstruct(self, frames_1CTHW: Tensor) -> Tensor:
+        """Encodes and decodes a video that fits in memory; the same shape, on the CPU."""
+        chunks = self.decode(self.encode(frames_1CTHW), tuple(frames_1CTHW.shape[-2:]))
+        return torch.cat([chunk.cpu() for chunk in chunks], dim=2)
+
+    def digest(self) -> str:
+        """A digest of the weights: latents are decoded by the weights that encoded them, and no others."""
+        total = hashlib.blake2b(digest_size=16)
+        for name, tensor in sorted(self.model.state_dict().items()):
+            total.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            total.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return total.hexdigest()
+
+    def _pad(self, chunk_1CTHW: Tensor) -> Tensor:
+        *_, height, width = chunk_1CTHW.shape
+        tall, wide = self.padded(height, width)
+        chunk_1CTHW = chunk_1CTHW.to(self.device)
+        if (tall, wide) == (height, width):
+            return chunk_1CTHW
+        return F.pad(chunk_1CTHW, (0, wide - width, 0, tall - height, 0, 0), mode="replicate")
+
+
+def _chunks(frames_1CTHW: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
+    return frames_1CTHW.split(1, dim=2) if isinstance(frames_1CTHW, Tensor) else frames_1CTHW
+
+
+# -- where codecs come from -------------------------------------------------------------------------------------------
+
+
+def load(
+    url: str,
+    *,
+    ema: bool | None = None,
+    device: torch.device | str = "cpu",
+    warn: Callable[[str], None] = lambda text: None,
+) -> Codec:
+    """A codec from a checkpoint, a run (its newest checkpoint), or a folder that :func:`export` wrote.
+
+    ``ema`` None takes the averaged weights where the run keeps them. Raises InputError where there is none of these.
+    """
+    if not storage.exists(storage.join(url, CONFIG)):
+        trained = run.open_model(url, ema=ema, warn=warn)
+        return Codec(trained.recipe, trained.model, device=device)
+    config = storage.read_json(storage.join(url, CONFIG))
+    if config.get("format") != FORMAT:
+        raise InputError(f"{storage.redact(url)}/{CONFIG} is not of a codec that `moviola export` wrote ({FORMAT})")
+    kind = recipes.load(config["recipe"])
+    recipe = kind(kind.Config.model_validate(config["model"]))
+    model = recipe.build(seed=0)
+    with latents.local(storage.join(url, WEIGHTS)) as path:
+        checkpoint.assign(model, load_file(path))
+    codec = Codec(recipe, model, device=device)
+    if codec.digest() != config["weights"]:
+        raise InputError(
+            f"{storage.redact(url)}/{WEIGHTS} is not what {CONFIG} says: it is damaged, or of another export"
+        )
+    return codec
+
+
+def export(codec: Codec, folder: str) -> list[str]:
+    """Writes ``config.json`` and ``model.safetensors``, all that :func:`load` needs; their URLs."""
+    urls = [storage.join(folder, name) for name in (CONFIG, WEIGHTS)]
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        weights = {name: tensor.cpu().contiguous() for name, tensor in codec.model.state_dict().items()}
+        save_file(weights, file.name, metadata={"format": FORMAT})
+        storage.upload(urls[1], file.name)
+    storage.write_json(urls[0], {"format": FORMAT, **_made_by(codec), "parts": dict(codec.recipe.parts(codec.model))})
+    return urls
+
+
+def _made_by(codec: Codec) -> dict[str, object]:
+    config = codec.recipe.config.model_dump(mode="json")
+    return {"recipe": codec.recipe.name, "model": config, "weights": codec.digest()}
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Coded:
+    """What came of a file: ``numbers`` latent numbers; ``psnr_db`` over all pixels where both sides were seen."""
+
+    frames: int = 0
+    height: int = 0
+    width: int = 0
+    fps: float = 0.0
+    numbers: int = 0
+    psnr_db: float | None = None
+
+    @property
+    def numbers_per_frame(self) -> float:
+        """Latent numbers over frames."""
+        return self.numbers / max(1, self.frames)
+
+    def json(self) -> str:
+        """One JSON object."""
+        return json.dumps(asdict(self) | {"numbers_per_frame": self.numbers_per_frame})
+
+
+Progress = Callable[[int], None]
+
+
+def encode_file(codec: Codec, video: str, out: str, progress: Progress = lambda frames: None) -> Coded:
+    """Encodes a video to a latents file; raises InputError for what can't be read or written."""
+    with footage.reader(video) as source:
+        coded = Coded(height=source.height, width=source.width, fps=float(source.fps))
+
+        def metadata() -> dict[str, str]:
+            made_by = {k: v if isinstance(v, str) else json.dumps(v) for k, v in _made_by(codec).items()}
+            shape = {"frames": coded.frames, "height": coded.height, "width": coded.width, "fps": source.fps}
+            return made_by | {name: str(value) for name, value in shape.items()}
+
+        stream = _counted(codec.encode(_watched(source, coded, progress)), coded)
+        latents.save(out, stream, metadata)
+    return coded
+
+
+def decode_file(codec: Codec, file: str, out: str, progress: Progress = lambda frames: None) -> Coded:
+    """Decodes a latents file to an mp4; raises InputError for latents of other weights."""
+    with latents.opened(file) as (metadata, stream):
+        if metadata["weights"] != codec.digest():
+            raise InputError(
+                f"{storage.redact(file)} was encoded by other weights ({metadata['recipe']} "
+                f"{metadata['weights'][:12]}) than those given ({codec.recipe.name} {codec.digest()[:12]}). "
+                "Decode with the checkpoint that encoded."
+            )
+        fps, height, width = Fraction(metadata["fps"]), int(metadata["height"]), int(metadata["width"])
+        coded = Coded(height=height, width=width, fps=float(fps))
+        with footage.writer(out, fps, height, width) as video:
+            for pixels_1CTHW in codec.decode(_counted(stream, coded), (height, width)):
+                video.add(pixels_1CTHW)
+                coded.frames = video.frames
+                progress(coded.frames)
+    return coded
+
+
+def reconstruct_file(
+    codec: Codec, video: str, out: str, *, beside: bool = True, progress: Progress = lambda frames: None
+) -> Coded:
+    """Encodes and decodes a video in one pass and writes an mp4; ``beside`` puts the original on the left."""
+    with footage.reader(video) as source:
+        coded = Coded(height=source.height, width=source.width, fps=float(source.fps))
+        waiting: deque[Tensor] = deque()
+
+        def kept() -> Iterator[Tensor]:
+            for frame_1CTHW in _watched(source, coded, progress):
+                waiting.append(frame_1CTHW)
+                yield frame_1CTHW
+
+        size, error = (source.height, source.width), 0.0
+        stream = codec.decode(_counted(codec.encode(kept()), coded), size)
+        with footage.writer(out, source.fps, source.height, source.width * (2 if beside else 1)) as made:
+            for pixels_1CTHW in stream:
+                for x_1C1HW in pixels_1CTHW.cpu().split(1, dim=2):
+                    original_1C1HW = waiting.popleft()
+                    error += ((x_1C1HW - original_1C1HW) / 2).double().square().sum().item()
+                    made.add(torch.cat((original_1C1HW, x_1C1HW), dim=-1) if beside else x_1C1HW)
+        mean = error / (3 * math.prod(size) * coded.frames)
+        coded.psnr_db = -10 * math.log10(mean) if mean else None
+    return coded
+
+
+def _watched(frames: Iterable[Tensor], coded: Coded, progress: Progress) -> Iterator[Tensor]:
+    for frame_1CTHW in frames:
+        coded.frames += frame_1CTHW.shape[2]
+        progress(coded.frames)
+        yield frame_1CTHW
+
+
+def _counted(stream: Iterable[Latent], coded: Coded) -> Iterator[Latent]:
+    for latent in stream:
+        coded.numbers += sum(tensor.numel() for name, tensor in latent.items() if name != "frames")
+        yield latent

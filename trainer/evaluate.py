@@ -1,0 +1,254 @@
+"""Measures a codec on a fixed set of clips, beside two baselines that spend no more numbers than its latent.
+
+``bicubic``      every frame down to the largest size that fits the budget of a frame, and back up.
+``first_frame``  the first frame repeated: kept as it is where the clip's whole budget allows, else bicubic down to it.
+
+Clips are reconstructed one at a time: no number depends on how clips were batched or shared out.
+
+Legend: B clips (1 here), C channels (3, RGB), T frames, H height, W width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from rich.table import Table
+from torch import Tensor
+
+from pipelines.contracts import Batch, Clip, Source
+from pipelines.faults import InputError
+from trainer.losses.perceptual import Perceptual
+from trainer.quality import Tally, VideoFeatures, gather_json, margin, measure
+from trainer.recipe import LatentSpec
+
+TITLES = {"model": "this model", "bicubic": "bicubic down and up", "first_frame": "first frame repeated"}
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """A reconstruction without a model: what it stores is one picture of ``size`` a frame, or a clip."""
+
+    name: str
+    size: tuple[int, int]
+    numbers_per_frame: float
+    reconstruct: Callable[[Tensor], Tensor]
+
+
+def baselines(frames: int, height: int, width: int, numbers_per_frame: float) -> list[Baseline]:
+    """The baselines for clips of that shape that fit a budget of numbers a frame; those that can't are left out.
+
+    The aspect is kept to the nearest whole pixel. Frames are in [-1, 1], clamped after the bicubic filter's overshoot.
+    """
+    found = []
+    if small := largest_size(height, width, numbers_per_frame):
+        found.append(Baseline("bicubic", small, 3.0 * small[0] * small[1], lambda x: _through(x, small)))
+    if still := largest_size(height, width, frames * numbers_per_frame):
+        found.append(
+            Baseline(
+                "first_frame",
+                still,
+                3.0 * still[0] * still[1] / frames,
+                lambda x: _through(x[:, :, :1], still).expand_as(x),
+            )
+        )
+    return found
+
+
+def largest_size(height: int, width: int, numbers: float) -> tuple[int, int] | None:
+    """The largest RGB picture (h, w) of about that aspect, no larger than the frame, in at most ``numbers`` numbers."""
+    for h in range(height, 0, -1):
+        w = max(1, round(h * width / height))
+        if 3 * h * w <= numbers:
+            return h, w
+    return None
+
+
+def _through(pixels_BCTHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bicubic to ``size``, antialiased, and back, frame by frame; the pixels themselves where that is their size."""
+    batch, _, frames, *full = pixels_BCTHW.shape
+    if tuple(full) == size:
+        return pixels_BCTHW
+    stored_NCHW = F.interpolate(pixels_BCTHW.transpose(1, 2).flatten(0, 1), size, mode="bicubic", antialias=True)
+    restored_NCHW = F.interpolate(stored_NCHW, tuple(full), mode="bicubic").clamp(-1, 1)
+    return restored_NCHW.unflatten(0, (batch, frames)).transpose(1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """An evaluation as plain data: what ``evaluation.json`` holds, and the table of it.
+
+    ``values`` has ``clips``, ``psnr_db``, ``psnr_clip_db``, ``ssim``, ``lpips``, ``lpips_backbone``, ``flicker``,
+    ``numbers_per_frame``, ``confidence``, ``by_frame``, ``by_motion``, ``per_clip``, ``not_finite``, ``rfvd`` where it
+    was measured, and ``baselines``: by name the same again, with ``size`` and ``margin``, the model's gain over it.
+    """
+
+    values: Mapping[str, Any]
+
+    def json(self) -> str:
+        """Strict JSON (no NaN), floats in full precision."""
+        return json.dumps(self.values, indent=1, allow_nan=False)
+
+    def methods(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """The model, then each baseline, by name."""
+        yield "model", self.values
+        yield from self.values["baselines"].items()
+
+    def table(self) -> Table:
+        """For a terminal: a row a method, PSNR and SSIM with their 95% intervals."""
+        shape = self.values["clip"]
+        table = Table(
+            title=f"{self.values['clips']} clips of {shape['frames']} frames, {shape['height']} x {shape['width']}",
+            caption="\n".join(self._remarks()),
+            caption_justify="left",
+        )
+        with_rfvd = "rfvd" in self.values
+        headings = ["numbers a frame", "PSNR dB", "SSIM", "LPIPS", "flicker", *(["rFVD"] if with_rfvd else [])]
+        table.add_column("method")
+        for heading in headings:
+            table.add_column(heading, justify="right")
+        for name, line in self.methods():
+            cells = [
+                f"{line['numbers_per_frame']:,.1f}",
+                _with_interval(line, "psnr_db", 2),
+                _with_interval(line, "ssim", 4),
+                _shown(line["lpips"], 4),
+                _shown(line["flicker"], 2),
+            ]
+            if with_rfvd:
+                cells.append(_shown(line["rfvd"]["value"], 1))
+            table.add_row(TITLES.get(name, name), *cells, style="bold" if name == "model" else None)
+        return table
+
+    def _remarks(self) -> Iterator[str]:
+        yield f"LPIPS backbone: {self.values['lpips_backbone']}; flicker in grey levels of 255; ± is the 95% interval"
+        for name, line in self.values["baselines"].items():
+            gain, interval = line["margin"]["psnr_db"], line["margin"]["confidence"]
+            if gain is not None:
+                between = f" ({interval[0]:+.2f} to {interval[1]:+.2f})" if interval else ""
+                yield f"PSNR over {TITLES[name]}: {gain:+.2f} dB{between}, clip by clip"
+        if lost := self.values["not_finite"]:
+            yield f"{len(lost)} reconstructions are not finite, so means are missing; the first is {lost[0]}"
+
+
+def evaluate(
+    reconstruct: Callable[[Tensor], Tensor],
+    clips: Iterable[Batch | Clip],
+    latent: LatentSpec,
+    *,
+    perceptual: Perceptual,
+    fvd: VideoFeatures | None = None,
+    device: torch.device | str = "cpu",
+    group: dist.ProcessGroup | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Report:
+    """Measures ``reconstruct`` on ``clips``, which all have the shape that ``latent`` was computed for.
+
+    ``reconstruct`` maps (1, 3, T, H, W) in [-1, 1] on ``device`` to the same; it is called once a clip, without
+    gradients. ``perceptual`` and ``fvd`` must be on ``device``. Where torch.distributed runs, ``clips`` are this rank's
+    share (possibly none) and the report, the same on every rank, is that of all shares; a batch of weight 0 and a place
+    that comes twice keep ranks in step without counting twice. ``progress`` hears how many clips this rank has done.
+
+    Raises InputError where there are no clips or their shapes differ.
+    """
+    tallies: dict[str, Tally] = {}
+    rivals: list[Baseline] = []
+    shape: list[int] = []
+    with torch.no_grad():
+        for done, (pixels_1CTHW, place, source, motion, counts) in enumerate(_one_by_one(clips), 1):
+            pixels_1CTHW = pixels_1CTHW.to(device)
+            if not shape:
+                shape = list(pixels_1CTHW.shape[2:])
+                rivals = baselines(*shape, numbers_per_frame=latent.numbers_per_frame)
+            _same_shape(shape, list(pixels_1CTHW.shape[2:]), source)
+            results = {"model": reconstruct(pixels_1CTHW)}
+            if counts:
+                results |= {rival.name: rival.reconstruct(pixels_1CTHW) for rival in rivals}
+                real = fvd(pixels_1CTHW[0]) if fvd else {}
+                for name, result_1CTHW in results.items():
+                    fake = fvd(result_1CTHW[0]) if fvd else {}
+                    row = measure(
+                        pixels_1CTHW[0],
+                        result_1CTHW[0],
+                        perceptual,
+                        place=place,
+                        source=str(source),
+                        motion=motion,
+                        features={convention: (real[convention], fake[convention]) for convention in real},
+                    )
+                    tallies.setdefault(name, Tally()).add(row)
+            if progress:
+                progress(done)
+    mine = {"shape": shape, "tallies": {name: tally.to_json() for name, tally in tallies.items()}}
+    shares = [share for share in gather_json(mine, group, device) if share["tallies"]]
+    if not shares:
+        raise InputError("There are no clips to evaluate. Is the held-back part of the dataset empty?")
+    shape = shares[0]["shape"]
+    for share in shares:
+        _same_shape(shape, share["shape"], share["tallies"]["model"][0]["source"])
+    merged = {
+        name: Tally.from_json(line for share in shares for line in share["tallies"][name])
+        for name in shares[0]["tallies"]
+    }
+    return _report(merged, shape, latent, perceptual, fvd)
+
+
+def _report(
+    tallies: Mapping[str, Tally],
+    shape: list[int],
+    latent: LatentSpec,
+    perceptual: Perceptual,
+    fvd: VideoFeatures | None,
+) -> Report:
+    def summary(name: str, numbers_per_frame: float) -> dict[str, Any]:
+        values = {"lpips_backbone": perceptual.name, "numbers_per_frame": numbers_per_frame}
+        values |= tallies[name].summary()
+        return values | ({"rfvd": fvd.summary(tallies[name])} if fvd else {})
+
+    values = summary("model", float(latent.numbers_per_frame))
+    values["clip"] = dict(zip(("frames", "height", "width"), shape, strict=True))
+    values["baselines"] = {
+        rival.name: summary(rival.name, rival.numbers_per_frame)
+        | {"size": list(rival.size), "margin": margin(tallies["model"], tallies[rival.name])}
+        for rival in baselines(*shape, numbers_per_frame=latent.numbers_per_frame)
+    }
+    return Report(values)
+
+
+def _same_shape(expected: list[int], found: list[int], source: Source | str) -> None:
+    if found != expected:
+        raise InputError(
+            f"{source}: {_shape(found)}, but the first clip evaluated has {_shape(expected)}. "
+            "Evaluate clips of one shape at a time: give the evaluation one size and frame count."
+        )
+
+
+def _one_by_one(clips: Iterable[Batch | Clip]) -> Iterator[tuple[Tensor, int, Source, float, bool]]:
+    """Pixels (1, C, T, H, W), place, source, motion, and whether the clip counts."""
+    for item in clips:
+        if isinstance(item, Clip):
+            yield item.pixels_CTHW[None], item.place, item.source, item.motion, True
+        else:
+            motions = item.motion_B.tolist()
+            for b, (place, source) in enumerate(zip(item.places, item.sources, strict=True)):
+                yield item.pixels_BCTHW[b : b + 1], place, source, motions[b], item.weight > 0
+
+
+def _shape(shape: list[int]) -> str:
+    frames, height, width = shape
+    return f"{frames} frames of {height} x {width}"
+
+
+def _shown(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _with_interval(line: Mapping[str, Any], name: str, digits: int) -> str:
+    interval = line["confidence"][name]
+    spread = f" ± {(interval[1] - interval[0]) / 2:.{digits}f}" if interval else ""
+    return _shown(line[name], digits) + spread

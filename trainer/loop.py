@@ -1,0 +1,310 @@
+"""The one training loop: init, restore, step, log, commit. The step is the recipe's, what runs it the engine's.
+
+It runs under any launcher that has set up ``torch.distributed`` (Ray Train through ``cluster/worker.py``, torchrun
+through ``trainer/__main__.py``), or alone in one process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import random
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pipelines import index, loader, storage
+from pipelines.contracts import derive
+from pipelines.faults import FaultBudget, InputError
+from trainer import checkpoint
+from trainer.engine import Engine
+from trainer.heartbeat import STEP, Heartbeat
+from trainer.manifest import RunManifest
+from trainer.signals import Signals
+from trainer.telemetry import Ledger, Telemetry, read_lines
+
+Outcome = Literal["done", "stopped"]
+LEAVE_SECONDS = 3.0
+"""Spare time before a preemption's deadline, beside twice a step and twice a checkpoint."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Where a process stands in the group."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def current(cls, device: torch.device) -> World:
+        """The group that torch.distributed knows, or a group of one."""
+        if dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size(), device)
+        return cls(0, 1, device)
+
+
+def seed_everything(seed: int, step: int, rank: int) -> None:
+    """Seeds Python, NumPy and torch from (seed, step, rank): nothing at a step depends on the steps before it."""
+    value = derive(seed, step, f"global/{rank}")
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    torch.manual_seed(value)
+
+
+def open_loader(manifest: RunManifest, world: World, budget: FaultBudget) -> loader.Loader:
+    """The run's data, refused by name where a dataset is missing, empty, or not the one that the run began with."""
+    data = manifest.data
+    opened = {ref.dataset: index.open_dataset(ref.dataset, expect=ref.digest) for ref in (*data.train, *data.images)}
+    return loader.Loader(
+        datasets=[(opened[ref.dataset], ref.weight) for ref in data.train],
+        images=[(opened[ref.dataset], ref.weight) for ref in data.images] or None,
+        plan=manifest.schedule.plan,
+        steps=manifest.schedule.steps,
+        seed=manifest.seed,
+        granularity=data.granularity,
+        rank=world.rank,
+        world=world.size,
+        micro_batch=manifest.micro_batch or manifest.batch,
+        workers=data.workers,
+        read_ahead=data.read_ahead,
+        memory_bytes=data.memory_mb << 20,
+        timeout_seconds=data.timeout_seconds,
+        budget=budget,
+    )
+
+
+def train(
+    manifest: RunManifest,
+    run_url: str,
+    world: World,
+    *,
+    launch: str | None = None,
+    on_start: Callable[[Signals], None] | None = None,
+) -> Outcome:
+    """Trains from the newest committed checkpoint to the end, or to an agreed stop.
+
+    ``launch`` is written into the start event, so that a launcher knows its own attempts. ``on_start`` is given the
+    run's ear, to connect signals and notices to it. Returns ``done``, or ``stopped`` with
+    a checkpoint after the last trained step committed. Raises InputError for faults of input. The end is idempotent:
+    a run that is already whole returns at once.
+    """
+    events = storage.join(run_url, "events.jsonl")
+
+    def hung(message: str) -> None:
+        print(f"moviola: {message}", file=sys.stderr, flush=True)
+        record = {"time": time.time(), "event": "hang", "attempt": 0, "rank": world.rank, "message": message}
+        storage.append_text(events, json.dumps(record) + "\n")
+
+    heartbeat = Heartbeat(world, manifest.failure.hang_seconds, hung)
+    try:
+        return _train(manifest, run_url, world, heartbeat, launch, on_start)
+    except RuntimeError as error:
+        if lost := heartbeat.blame(error):
+            raise lost from error
+        raise
+    finally:
+        heartbeat.close()
+
+
+def _train(
+    manifest: RunManifest,
+    run_url: str,
+    world: World,
+    heartbeat: Heartbeat,
+    launch: str | None,
+    on_start: Callable[[Signals], None] | None,
+) -> Outcome:
+    torch.set_deterministic_debug_mode("warn")
+    schedule, recipe = manifest.schedule, manifest.loaded_recipe
+    lease = checkpoint.Lease.take(run_url)
+    ledger = _ledger(run_url)
+    telemetry = Telemetry(
+        name=manifest.name, run_url=run_url, rank=world.rank, world=world.size, attempt=lease.attempt,
+        trace=manifest.trace, bind=manifest.telemetry.bind, port=manifest.telemetry.port,
+        tensorboard=manifest.telemetry.tensorboard,
+    )  # fmt: skip
+
+    def warn(text: str) -> None:
+        telemetry.event("warning", message=text)
+
+    for saved in checkpoint.candidates(run_url, lease, warn):
+        first = saved.step if saved else 0
+        if first >= schedule.steps:
+            return _finish("done", first, telemetry, ledger)
+        stage = schedule.stage(first)
+        engine = Engine(
+            recipe.build(manifest.seed), stage, manifest.optimizer_for(stage), zero_stage=manifest.zero.stage,
+            precision=manifest.precision, device=world.device, ema_decay=manifest.ema or None,
+            timeout=manifest.failure.hang_seconds,
+        )  # fmt: skip
+        if saved is None or saved.restore({"model": engine}, warn):
+            break
+    everyone = _everyone(world, telemetry.port)
+    telemetry.event("start", from_step=first, world=world.size, workers=everyone, launch=launch)
+    teachers = recipe.teachers().to(world.device).requires_grad_(False).eval()
+    saver = checkpoint.Checkpointer(
+        run_url, lease, rank=world.rank, world=world.size, keep=manifest.checkpoint.keep,
+        timeout=manifest.checkpoint.timeout_seconds, before_commit=telemetry.flush, committed=first or None,
+    )  # fmt: skip
+    budget = FaultBudget(manifest.data.skip_budget)
+    clips = open_loader(manifest, world, budget)
+    signals = Signals(run_url, world)
+    if on_start is not None:
+        on_start(signals)
+    digest = manifest.digest()
+    outcome: Outcome = "done"
+    noticed, seconds = False, 0.0
+    since, since_place, since_step = time.monotonic(), schedule.plan(first).place, first
+    ledger.ready()
+    heartbeat.at(first, "waiting for data")
+    with telemetry, contextlib.closing(clips), signals:
+        for step, batches in clips.iter_from(first):
+            stage = schedule.stage(step)
+            spec = manifest.optimizer_for(stage)
+            within = step - schedule.first_steps[schedule.index(step)]
+            if within == 0:
+                heartbeat.at(step, "changing the stage")
+                with ledger.span("startup" if step > first else ledger.cause):
+                    if step > first:
+                        engine.next_stage(stage, spec)
+                    if stage.init_from is not None:
+                        engine.load(checkpoint.load_weights(stage.init_from))
+                telemetry.event("stage", step=step, stage=stage.name)
+            rate = spec.rate(within, stage.steps)
+            seed_everything(manifest.seed, step, world.rank)
+
+            heartbeat.at(step, STEP)
+            began = time.monotonic()
+            ledger.enter("productive" if step > first else ledger.cause)
+            outputs = []
+            for i, batch in enumerate(batches):
+                batch = batch.to(world.device)
+                output = recipe.step(engine.model, batch, stage, teachers)
+                engine.backward(output.loss * batch.weight, last=i == len(batches) - 1)
+                outputs.append((batch.weight, output))
+            norm = engine.step(rate)
+            if not math.isfinite(norm):
+                raise InputError(_diverged(step, stage.name, norm, outputs, batches, saver.committed()))
+            telemetry.trained(batches, time.monotonic() - began)
+            telemetry.trace(step, stage.name, batches)
+            if step > first:
+                ledger.trained(step)
+
+            done = step + 1
+            if done % manifest.telemetry.log_every == 0 or done == schedule.steps or done == first + 1:
+                record = {"step": step, "stage": stage.name, **_means(outputs, world), "lr": rate, "grad_norm": norm}
+                place = schedule.plan(step).place + schedule.plan(step).clips
+                now = time.monotonic()
+                record["clips_per_second"] = (place - since_place) / max(now - since, 1e-9)
+                record["seconds_per_pixel"] = (now - since) / (schedule.work(done) - schedule.work(since_step))
+                since, since_place, since_step = now, place, done
+                telemetry.log(record, ledger, clips.metrics)
+            seconds = max(seconds, time.monotonic() - began)
+            wish = signals.agreed(margin=LEAVE_SECONDS + 2 * (seconds + saver.seconds))
+            due = done % manifest.checkpoint.every_steps == 0 or done == schedule.steps
+            if due or wish.stop or wish.leave or wish.notice > noticed:
+                heartbeat.at(step, "handing over a checkpoint")
+                with ledger.span("checkpoint"):
+                    state = {"step": done, "stage": stage.name, "loader": clips.state_dict(done)}
+                    saver.save(done, {"model": engine}, {**state, "ledger": ledger.state(), "manifest": digest})
+            saver.check()
+            _note_commit(saver, ledger, telemetry)
+            if wish.stop and done < schedule.steps:
+                outcome = "stopped"
+                break
+            if wish.notice > noticed:
+                telemetry.event("notice", step=done, deadline=signals.deadline)
+            noticed = wish.notice
+            if wish.leave:
+                with ledger.span("recovery_schedule"):
+                    saver.close()
+                    _note_commit(saver, ledger, telemetry)
+                    telemetry.event("leave", step=done, ledger=ledger.state())
+                    heartbeat.at(step, "waiting to be taken away")
+                    signals.hold(manifest.failure.grace_seconds)
+                noticed = False
+            heartbeat.at(done, "waiting for data")
+            ledger.enter("data_wait")
+        heartbeat.at(step, "waiting for the last commit")
+        with ledger.span("checkpoint"):
+            saver.close()
+        _note_commit(saver, ledger, telemetry)
+    return _finish(outcome, step + 1, telemetry, ledger)
+
+
+def _finish(outcome: Outcome, step: int, telemetry: Telemetry, ledger: Ledger) -> Outcome:
+    telemetry.event(outcome, step=step, ledger=ledger.state(stopped=True))
+    telemetry.close()
+    return outcome
+
+
+def _note_commit(saver: checkpoint.Checkpointer, ledger: Ledger, telemetry: Telemetry) -> None:
+    step = saver.committed()
+    if step is not None and step > telemetry.last_commit:
+        ledger.commit(step)
+        telemetry.committed(step, ledger)
+
+
+def _ledger(run_url: str) -> Ledger:
+    """Goes on with the run's ledger where the last attempt, or the last command, left it."""
+    lines = read_lines(storage.join(run_url, "metrics.jsonl"), tail_bytes=1 << 16)
+    events = read_lines(storage.join(run_url, "events.jsonl"))
+    states = [line["ledger"] for line in (*lines, *events) if "ledger" in line]
+    last = max(states, key=lambda state: state["time"], default=None)
+    launched = max((event["time"] for event in events if event["event"] == "launch"), default=None)
+    since = [e["time"] for e in events if e["event"] in ("restart", "resize") and last and e["time"] > last["time"]]
+    return Ledger(last, launched=launched, restarted=min(since, default=None))
+
+
+def _everyone(world: World, port: int) -> list[dict[str, Any]]:
+    me = {"rank": world.rank, "host": socket.gethostname(), "pid": os.getpid(), "metrics_port": port}
+    if world.size == 1:
+        return [me]
+    everyone: list[Any] = [None] * world.size
+    dist.all_gather_object(everyone, me)
+    return everyone
+
+
+def _means(outputs: list[tuple[float, Any]], world: World) -> dict[str, Any]:
+    """Loss, terms and statistics of the global batch: sums over ranks and micro-batches, weighted by their shares."""
+    names = [("loss", None)]
+    for kind in ("terms", "statistics"):
+        names += [(kind, name) for name in sorted({n for _, output in outputs for n in getattr(output, kind)})]
+    total = torch.zeros(len(names), dtype=torch.float64)
+    for weight, output in outputs:
+        for i, (kind, name) in enumerate(names):
+            value = output.loss if name is None else getattr(output, kind).get(name)
+            if value is not None and weight:
+                total[i] += weight * float(value.detach())
+    if world.size > 1:
+        total = total.to(world.device)
+        dist.all_reduce(total)
+    record: dict[str, Any] = {"loss": 0.0, "terms": {}, "statistics": {}}
+    for (kind, name), value in zip(names, total.tolist(), strict=True):
+        if name is None:
+            record["loss"] = value
+        else:
+            record[kind][name] = value
+    return record
+
+
+def _diverged(step: int, stage: str, norm: float, outputs: list[Any], batches: list[Any], committed: int | None) -> str:
+    terms = {name: float(value) for _, output in outputs for name, value in output.terms.items()}
+    bad = [name for name, value in terms.items() if not math.isfinite(value)]
+    clips = ", ".join(str(source) for batch in batches for source in batch.sources)
+    return (
+        f"step {step}, stage {stage!r}: the gradient norm is {norm}. Loss terms on this rank: {terms}"
+        f"{'; not finite: ' + ', '.join(bad) if bad else ' (all finite here: another rank, or the backward pass)'}. "
+        f"Clips: {clips}. The newest committed checkpoint is of step {committed}. Lower optimizer.lr, set "
+        "optimizer.clip, train in fp32, or look at these clips; then start again under another name."
+    )

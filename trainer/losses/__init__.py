@@ -1,0 +1,7 @@
+"""Losses that several recipes share: pixels, SSIM and LPIPS here, others beside them."""
+
+from trainer.losses.perceptual import Perceptual, PerceptualSpec
+from trainer.losses.pixel import charbonnier, l1, mse
+from trainer.losses.ssim import ssim, ssim_loss
+
+__all__ = ["Perceptual", "PerceptualSpec", "charbonnier", "l1", "mse", "ssim", "ssim_loss"]

@@ -1,0 +1,494 @@
+"""A run as one YAML file: parsed safely, judged as a whole, and resolved into every stage's every field.
+
+``load`` reports all faults in one go, each with field, value, reason and remedy. The manifest sets data, hardware and
+step counts; architecture and the order of stages belong to the recipe.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pipelines.contracts import PositiveInt
+from pipelines.faults import InputError
+from trainer import recipe as recipes
+from trainer.stage import OptimizerSpec, Schedule, Stage
+
+MAX_BYTES = 1 << 20
+NAME = re.compile(r"^[a-z0-9]([a-z0-9-]{0,46}[a-z0-9])?$")
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DatasetRef(_Part):
+    """One dataset of a mixture."""
+
+    dataset: Annotated[str, Field(min_length=1, description="URL or path of a folder that holds an index.json.")]
+    weight: Annotated[float, Field(gt=0, description="Share of the mixture, relative to the others.")] = 1.0
+    digest: str | None = Field(None, description="Filled in at the first start: a dataset that changes is refused.")
+
+
+def _as_refs(value: Any) -> Any:
+    items = value if isinstance(value, list) else [value]
+    return [{"dataset": item} if isinstance(item, str) else item for item in items]
+
+
+class DataSpec(_Part):
+    """What is trained on and how it is read."""
+
+    train: Annotated[tuple[DatasetRef, ...], Field(min_length=1)]
+    images: tuple[DatasetRef, ...] = Field((), description="Image batches; empty takes frames of the videos.")
+    eval: str | None = Field(None, description="Dataset of the evaluation; never trained on.")
+    granularity: PositiveInt = Field(1, description="Neighbouring clips that are read, and shuffled, as one.")
+    workers: Annotated[int, Field(ge=0, le=128)] = Field(1, description="Decoding threads of each rank.")
+    read_ahead: PositiveInt = Field(2, description="Global batches that are fetched before they are needed.")
+    memory_mb: PositiveInt = Field(1024, description="Bound on what a rank's loader holds.")
+    skip_budget: Annotated[float, Field(ge=0, le=1)] = Field(0.01, description="Share of clips that may be skipped.")
+    timeout_seconds: Seconds = Field(300, description="A read that takes longer ends the attempt with a message.")
+
+    @field_validator("train", "images", mode="before")
+    @classmethod
+    def _refs(cls, value: Any) -> Any:
+        return _as_refs(value)
+
+
+class ZeroSpec(_Part):
+    """DeepSpeed's ZeRO stage."""
+
+    stage: Literal[0, 1, 2, 3] = 1
+
+
+class WorkerSpec(_Part):
+    """The worker group. ``count`` is a number, or [least, greatest] for an elastic run."""
+
+    count: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    gpus: Annotated[float, Field(ge=0)] = Field(0, description="GPUs of one worker; 0 trains on CPU.")
+    cpus: Annotated[float, Field(gt=0)] = 1
+
+    @property
+    def least(self) -> int:
+        """Fewest workers that the run goes on with."""
+        return self.count if isinstance(self.count, int) else self.count[0]
+
+    @property
+    def greatest(self) -> int:
+        """Most workers that the run takes."""
+        return self.count if isinstance(self.count, int) else self.count[1]
+
+
+class CheckpointSpec(_Part):
+    """When checkpoints are taken and how many stay."""
+
+    every_steps: PositiveInt = 500
+    keep: PositiveInt = 3
+    timeout_seconds: Seconds = Field(1800, description="A write or commit that takes longer ends the attempt.")
+
+
+class FailureSpec(_Part):
+    """What a run survives."""
+
+    max_failures: Annotated[int, Field(ge=0)] = 10
+    max_preemptions: Annotated[int, Field(ge=0)] | Literal["unlimited"] = "unlimited"
+    grace_seconds: Seconds = Field(30, description="Notice before a preempted machine goes.")
+    hang_seconds: Seconds = Field(600, description="A collective that waits longer for a peer ends the attempt.")
+
+
+class TelemetrySpec(_Part):
+    """What a run says of itself."""
+
+    log_every: PositiveInt = Field(10, description="Steps between lines of metrics.jsonl.")
+    bind: str = Field("127.0.0.1", description="Address of the metrics endpoint.")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(0, description="Its port on rank 0; 0 takes a free one.")
+    tensorboard: bool = True
+
+
+class RunManifest(_Part):
+    """One run, validated. ``stages`` holds what differs from the recipe's published stages, by stage name."""
+
+    name: str
+    recipe: str
+    model: Mapping[str, Any] = Field(default_factory=dict, description="The recipe's configuration.")
+    data: DataSpec
+    batch: PositiveInt = Field(description="Global batch; micro-batch and accumulation follow from the world size.")
+    micro_batch: PositiveInt | None = Field(None, description="Most clips of one forward pass of one rank.")
+    precision: Literal["fp32", "bf16"] = "bf16"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    optimizer: OptimizerSpec = OptimizerSpec()
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Decay of the averaged weights; 0 keeps none.")
+    zero: ZeroSpec = ZeroSpec()
+    clip: Mapping[str, Any] = Field(default_factory=dict, description="Fields of the clip rule, for all stages.")
+    stages: Mapping[str, Mapping[str, Any]] = Field(default_factory=dict)
+    workers: WorkerSpec = WorkerSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    failure: FailureSpec = FailureSpec()
+    telemetry: TelemetrySpec = TelemetrySpec()
+    trace: bool = Field(False, description="Write every clip's place and key to trace/*.jsonl.")
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, name: str) -> str:
+        if not NAME.match(name):
+            raise ValueError("use 1 to 48 small letters, digits and inner hyphens: it names pods, labels and folders")
+        return name
+
+    @cached_property
+    def loaded_recipe(self) -> recipes.Recipe:
+        """The recipe, constructed from ``model``."""
+        kind = recipes.load(self.recipe)
+        return kind(kind.Config.model_validate(self.model))
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """Every stage resolved, and the arithmetic of steps and places."""
+        return Schedule(resolve_stages(self), self.batch, self.seed)
+
+    def optimizer_for(self, stage: Stage) -> OptimizerSpec:
+        """The stage's optimizer: its own fields, where there are none the manifest's, then the defaults."""
+        return OptimizerSpec.model_validate({**self.optimizer.model_dump(), **stage.optimizer})
+
+    def resolved(self) -> dict[str, Any]:
+        """The manifest with every default and stage spelled out, as plain data; loading it again gives the same run."""
+        plain = self.model_dump(mode="json")
+        plain["model"] = self.loaded_recipe.config.model_dump(mode="json")
+        plain["clip"] = {}
+        plain["stages"] = {
+            stage.name: stage.model_dump(mode="json", exclude={"name"})
+            | {"optimizer": self.optimizer_for(stage).model_dump(mode="json")}
+            for stage in resolve_stages(self)
+        }
+        return plain
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the weights; a run is only resumed where this is the same. Hardware and cadence are left out."""
+        plain = self.resolved()
+        data = plain["data"]
+        kept = ("recipe", "model", "batch", "precision", "seed", "optimizer", "ema", "stages")
+        refs = {k: [{f: r[f] for f in ("dataset", "weight")} for r in data[k]] for k in ("train", "images")}
+        return {k: plain[k] for k in kept} | {"data": {**refs, "granularity": data["granularity"]}}
+
+    def digest(self) -> str:
+        """Short digest of ``identity``."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def resolve_stages(manifest: RunManifest) -> tuple[Stage, ...]:
+    """The recipe's stages, changed by the manifest's ``clip`` and ``optimizer``, then by what it says of each stage.
+
+    Raises ValidationError or InputError.
+    """
+    published = manifest.loaded_recipe.stages()
+    unknown = [name for name in manifest.stages if name not in {s.name for s in published}]
+    if unknown:
+        known = [s.name for s in published]
+        raise InputError(
+            "\n".join(_unknown(f"stages.{name}", name, known, f"recipe {manifest.recipe} has") for name in unknown),
+            status=2,
+        )
+    return tuple(_resolve_stage(manifest, stage) for stage in published)
+
+
+def _resolve_stage(manifest: RunManifest, published: Stage) -> Stage:
+    everywhere = {"clip": manifest.clip, "optimizer": manifest.optimizer.model_dump(exclude_unset=True)}
+    merged = _merge(_merge(published.model_dump(), everywhere), manifest.stages.get(published.name, {}))
+    return Stage.model_validate(merged)
+
+
+def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in change.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def load(source: str | Path, sets: Sequence[str] = (), *, name: str | None = None) -> RunManifest:
+    """Reads, changes and judges a manifest.
+
+    ``source`` is a path or URL, ``sets`` are ``a.b=value`` with YAML values, ``name`` replaces the run's name. Raises
+    InputError with every fault on a line of its own.
+    """
+    text = _read(str(source))
+    plain = parse(text, str(source))
+    for change in sets:
+        _set(plain, change)
+    if name is not None:
+        plain["name"] = name
+    return validate(plain, str(source))
+
+
+def validate(plain: Mapping[str, Any], where: str) -> RunManifest:
+    """Judges parsed YAML as a whole; raises InputError with all faults."""
+    faults: list[str] = []
+    manifest: RunManifest | None = None
+    try:
+        manifest = RunManifest.model_validate(plain)
+    except ValidationError as error:
+        faults += _explain(error, RunManifest)
+    if isinstance(plain.get("recipe"), str):
+        faults += _recipe_faults(plain["recipe"], plain)
+    if manifest is not None:
+        faults += _joint(manifest)
+    if faults:
+        listing = "\n  ".join(faults)
+        count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
+        raise InputError(f"{where}: {count} in the manifest:\n  {listing}", status=2)
+    assert manifest is not None
+    return manifest
+
+
+def _recipe_faults(name: str, plain: Mapping[str, Any]) -> list[str]:
+    """Faults of the recipe, its model and its stages, whatever else is wrong."""
+    try:
+        kind = recipes.load(name)
+    except InputError as error:
+        return [f"recipe: {error}{_near(name, recipes.names())}"]
+    faults: list[str] = []
+    try:
+        config = kind.Config.model_validate(plain.get("model") or {})
+    except ValidationError as error:
+        faults += _explain(error, kind.Config, prefix="model.")
+        try:
+            config = kind.Config()  # the names of the stages can be judged all the same
+        except ValidationError:
+            return faults
+    published = kind(config).stages()
+    said, clip = ({**value} if isinstance(value, Mapping) else {} for value in (plain.get("stages"), plain.get("clip")))
+    known = [stage.name for stage in published]
+    faults += [_unknown(f"stages.{s}", s, known, f"recipe {name} has") for s in map(str, said) if s not in known]
+    try:
+        Stage.model_validate(_merge(published[0].model_dump(), {"clip": clip}))
+    except ValidationError as error:
+        faults, clip = faults + _explain(error, Stage), {}
+    for stage in published:
+        change = said.get(stage.name) or {}
+        if not isinstance(change, Mapping):
+            continue
+        try:
+            resolved = Stage.model_validate(_merge(_merge(stage.model_dump(), {"clip": clip}), change))
+            OptimizerSpec.model_validate(resolved.optimizer)
+        except ValidationError as error:
+            model, place = (Stage, "") if error.title == Stage.__name__ else (OptimizerSpec, "optimizer.")
+            faults += _explain(error, model, prefix=f"stages.{stage.name}.{place}")
+    return faults
+
+
+def _joint(manifest: RunManifest) -> list[str]:
+    """Faults that only show when fields are taken together."""
+    faults: list[str] = []
+    try:
+        stages = resolve_stages(manifest)
+    except (ValidationError, InputError):
+        return []
+    if not any(stage.steps for stage in stages):
+        faults.append("stages: every stage has 0 steps; give at least one of them some")
+    workers = manifest.workers
+    if workers.least > workers.greatest:
+        faults.append(f"workers.count: {list(_pair(workers.count))}: the least number comes first")
+    for stage in stages:
+        batch = min(clips for clips in (stage.batch or manifest.batch, stage.image_batch) if clips)
+        if batch < workers.greatest:
+            faults.append(
+                f"workers.count: {workers.greatest} workers share a global batch of {batch} clips in stage "
+                f"{stage.name!r}; some would have none. Raise batch or lower workers.count"
+            )
+            break
+    for stage in stages:
+        if stage.adversary:
+            faults.append(f"stages.{stage.name}.adversary: this version trains no adversary yet; leave it out")
+        for height, width in stage.clip.sizes:
+            try:
+                manifest.loaded_recipe.latent(stage.clip.frames, height, width)
+            except InputError as error:
+                faults.append(f"stages.{stage.name}.clip.sizes: {error}")
+    trained = {ref.dataset.rstrip("/") for ref in (*manifest.data.train, *manifest.data.images)}
+    if manifest.data.eval and manifest.data.eval.rstrip("/") in trained:
+        faults.append(f"data.eval: {manifest.data.eval} is also trained on; hold other videos back")
+    return faults
+
+
+def _pair(count: int | tuple[int, int]) -> tuple[int, int]:
+    return (count, count) if isinstance(count, int) else count
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
+    """Lines ``field: old -> new`` for every leaf that differs."""
+    for key in sorted({*old, *new}):
+        a, b = old.get(key, "(unset)"), new.get(key, "(unset)")
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            yield from difference(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}: {json.dumps(a, default=str)} -> {json.dumps(b, default=str)}"
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses duplicate keys and aliases (which can grow a short file without bound)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            event = self.peek_event()
+            raise yaml.MarkedYAMLError(None, None, "aliases (*name) are not allowed; write it out", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            try:
+                repeated = key in seen
+            except TypeError:
+                raise yaml.MarkedYAMLError(None, None, "a key must be plain text", key_node.start_mark) from None
+            if repeated:
+                raise yaml.MarkedYAMLError(None, None, f"key {key!r} stands here twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def parse(text: str, where: str) -> dict[str, Any]:
+    """YAML text -> plain mapping; raises InputError with line and column."""
+    if len(text) > MAX_BYTES:
+        raise InputError(f"{where}: {len(text)} bytes; a manifest has at most {MAX_BYTES}", status=2)
+    try:
+        plain = yaml.load(text, Loader=_StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        at = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise InputError(f"{where}:{at}: {error.problem or error.context}", status=2) from None
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
+        raise InputError(f"{where}: not readable as YAML: {str(error).splitlines()[0]}", status=2) from None
+    if not isinstance(plain, dict):
+        kind = "empty" if plain is None else f"a {type(plain).__name__}"
+        raise InputError(f"{where}: a manifest is a mapping of fields; this is {kind}", status=2)
+    return plain
+
+
+def _read(source: str) -> str:
+    from pipelines import storage
+
+    try:
+        data = Path(source).read_bytes() if "://" not in source else storage.read_bytes(source)
+    except FileNotFoundError:
+        raise InputError(f"manifest {source}: there is no such file", status=2) from None
+    except OSError as error:
+        raise InputError(f"manifest {source}: {(error.strerror or str(error)).lower()}", status=2) from None
+    except ValueError as error:
+        raise InputError(f"manifest {source}: {error}", status=2) from None
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"manifest {source}: not UTF-8 text at byte {error.start}", status=2) from None
+
+
+def _set(plain: dict[str, Any], change: str) -> None:
+    path, equals, text = change.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise InputError(f"--set {change!r}: write it as field=value, for example optimizer.lr=1e-4", status=2)
+    try:
+        value = yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise InputError(f"--set {change!r}: {text!r} is not a YAML value", status=2) from None
+    node: Any = plain
+    for depth, key in enumerate(keys[:-1]):
+        if isinstance(node, list):
+            node = _item(node, key, change)
+            continue
+        if node.get(key) is None:
+            node[key] = {}
+        node = node[key]
+        if not isinstance(node, dict | list):
+            raise InputError(f"--set {change!r}: {'.'.join(keys[: depth + 1])} has no fields", status=2)
+    if isinstance(node, list):
+        _item(node, keys[-1], change)
+        node[int(keys[-1])] = value
+    else:
+        node[keys[-1]] = value
+
+
+def _item(node: list[Any], key: str, change: str) -> Any:
+    if not key.isascii() or not key.isdigit() or int(key) >= len(node):
+        raise InputError(f"--set {change!r}: {key!r} is not one of the list's {len(node)} places (from 0)", status=2)
+    return node[int(key)]
+
+
+def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
+    """A line a fault, without those that only repeat a fault further down."""
+    faults = [(_path(fault["loc"], model), fault) for fault in error.errors(include_url=False)]
+    deeper = {tuple(path[:depth]) for path, _ in faults for depth in range(1, len(path))}
+    lines: dict[str, str] = {}
+    for path, fault in faults:
+        if tuple(path) not in deeper:
+            line, place = _line(path, fault, model, prefix), ".".join(path)
+            lines[place] = f"{lines[place]}, or {line.rpartition(': ')[2]}" if place in lines else line
+    return list(lines.values())
+
+
+def _path(loc: Sequence[int | str], model: type[BaseModel]) -> list[str]:
+    """The fault's place as the user writes it: without the names that pydantic gives to branches of a union."""
+    path: list[str] = []
+    here = [model]
+    for part in map(str, loc):
+        fields = [kind.model_fields[part].annotation for kind in here if part in kind.model_fields]
+        branch = not fields and len(here) > 1
+        if part.startswith(("tuple[", "constrained-", "literal[", "function-", "int", "str")) and not fields:
+            continue
+        if branch:
+            here = [kind for kind in here if _tagged(kind, part)] or here
+            if any(_tagged(kind, part) for kind in here):
+                continue
+        path.append(part)
+        if fields:
+            here = [kind for annotation in fields for kind in _models_in(annotation)]
+    return path
+
+
+def _tagged(kind: type[BaseModel], tag: str) -> bool:
+    return any(tag in getattr(field.annotation, "__args__", ()) for field in kind.model_fields.values())
+
+
+def _line(path: list[str], fault: Any, model: type[BaseModel], prefix: str) -> str:
+    place = prefix + ".".join(path)
+    if fault["type"] == "extra_forbidden":
+        return _unknown(place, path[-1], _fields_at(model, fault["loc"][:-1]), "known here:")
+    if fault["type"] == "missing":
+        return f"{place}: missing, and there is no default"
+    message = fault["msg"].removeprefix("Value error, ")
+    shown = json.dumps(fault["input"], default=str)
+    return f"{place.rstrip('.') or 'manifest'}: {shown[:80]}: {message[0].lower()}{message[1:]}"
+
+
+def _unknown(place: str, name: str, known: Sequence[str], what: str) -> str:
+    return f"{place}: no such field{_near(name, known)} ({what} {', '.join(sorted(set(known)))})"
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _fields_at(model: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
+    here = [model]
+    for part in map(str, loc):
+        fields = [kind.model_fields[part].annotation for kind in here if part in kind.model_fields]
+        if fields:
+            here = [kind for annotation in fields for kind in _models_in(annotation)]
+        elif len(here) > 1:
+            here = [kind for kind in here if _tagged(kind, part)] or here
+    return [name for kind in here for name in kind.model_fields]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for inner in getattr(annotation, "__args__", ()) for found in _models_in(inner)]

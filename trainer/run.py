@@ -1,0 +1,134 @@
+"""A run's folder on storage: its name, its manifest, and the promise that one name is one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+import yaml
+from torch import nn
+
+from pipelines import index, storage
+from pipelines.faults import InputError
+from trainer import checkpoint, manifest
+from trainer.manifest import RunManifest
+from trainer.recipe import Recipe
+
+
+def url_of(runs: str, name: str) -> str:
+    """Where the run of that name lies; local paths are made absolute."""
+    return storage.join(storage.absolute(runs), name)
+
+
+def claim(run: RunManifest, runs: str) -> tuple[RunManifest, str]:
+    """Takes the run's name on storage, or finds the same run there.
+
+    Makes local paths absolute, pins every dataset's digest and writes the resolved ``manifest.yaml``. Raises InputError
+    where the name belongs to another manifest (with the difference), data is missing, or storage can't be written.
+    """
+    run_url = url_of(runs, run.name)
+    stored = load(run_url, missing_ok=True)
+    pinned = _pin(run, stored)
+    if stored is not None:
+        changes = list(manifest.difference(stored.identity(), pinned.identity()))
+        if changes:
+            listing = "\n  ".join(changes)
+            raise InputError(
+                f"run {run.name!r} in {storage.redact(runs)} was made by another manifest:\n  {listing}\n"
+                f"Give this one another name (--name), or go on with the old one: moviola resume {run.name}",
+                status=2,
+            )
+    text = yaml.safe_dump(pinned.resolved(), sort_keys=False, width=120)
+    storage.write_bytes(storage.join(run_url, "manifest.yaml"), text.encode())
+    storage.delete(storage.join(run_url, "stop.json"))
+    launch = {"time": time.time(), "event": "launch", "attempt": 0, "host": socket.gethostname(), "pid": os.getpid()}
+    storage.append_text(storage.join(run_url, "events.jsonl"), json.dumps(launch) + "\n")
+    return pinned, run_url
+
+
+def _pin(run: RunManifest, stored: RunManifest | None) -> RunManifest:
+    """The resolved manifest with every dataset's digest, held against those that the run began with."""
+    refs = (*stored.data.train, *stored.data.images) if stored is not None else ()
+    known = {ref.dataset: ref.digest for ref in refs}
+
+    def pin(ref: manifest.DatasetRef) -> dict[str, Any]:
+        url = storage.absolute(ref.dataset)
+        opened = index.open_dataset(url, expect=ref.digest or known.get(url))
+        return {**ref.model_dump(), "dataset": url, "digest": opened.digest}
+
+    plain = run.resolved()
+    plain["data"]["train"] = [pin(ref) for ref in run.data.train]
+    plain["data"]["images"] = [pin(ref) for ref in run.data.images]
+    for name, stage in plain["stages"].items():
+        if stage["init_from"] and stage["steps"]:
+            before = stored.resolved()["stages"].get(name, {}).get("init_from") if stored is not None else None
+            stage["init_from"] = _pin_weights(storage.absolute(stage["init_from"]), before)
+    if run.data.eval:
+        plain["data"]["eval"] = storage.absolute(run.data.eval)
+        index.open_dataset(plain["data"]["eval"])
+    return manifest.validate(plain, f"run {run.name}")
+
+
+def _pin_weights(url: str, before: str | None) -> str:
+    """The checkpoint that a stage starts from: of a run the newest one, or the one that was pinned ``before``."""
+    if before is not None and storage.join(before, "").startswith(storage.join(url, "")):
+        return before
+    return checkpoint.using(url, lambda found: found.url)
+
+
+def load(run_url: str, *, missing_ok: bool = False) -> RunManifest | None:
+    """The manifest that a run was started with; raises InputError when there is no such run."""
+    try:
+        text = storage.read_bytes(storage.join(run_url, "manifest.yaml")).decode()
+    except storage.Missing:
+        if missing_ok:
+            return None
+        raise InputError(f"no run at {storage.redact(run_url)}; `moviola list` shows what there is", status=2) from None
+    return manifest.validate(manifest.parse(text, run_url), run_url)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model out of a run: whole weights on the CPU, in evaluation mode, and where they come from."""
+
+    manifest: RunManifest
+    recipe: Recipe
+    model: nn.Module
+    url: str
+
+
+def open_model(url: str, *, ema: bool | None = None, warn: Callable[[str], None] = lambda text: None) -> Trained:
+    """Opens a checkpoint, or a run's newest one. ``ema`` None takes the averaged weights where the run keeps them.
+
+    Raises InputError when there is no such run or checkpoint, or when it is damaged.
+    """
+    run_url = re.sub(r"/checkpoints/step-\d{8,}/?$", "", url)
+    stored = load(run_url)
+    assert stored is not None
+    recipe = stored.loaded_recipe
+    model = recipe.build(stored.seed)
+    averaged = bool(stored.ema) if ema is None else ema
+    checkpoint.assign(model, checkpoint.load_weights(url, ema=averaged, warn=warn))
+    return Trained(stored, recipe, model.eval().requires_grad_(False), url)
+
+
+def claim_together(run: RunManifest, runs: str, rank: int) -> tuple[RunManifest, str]:
+    """:func:`claim` by rank 0, for a group that has no controller; every rank gets the answer or the fault."""
+    answer: list[Any] = [None]
+    if rank == 0:
+        try:
+            answer = [claim(run, runs)[0].resolved()]
+        except InputError as error:
+            answer = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], InputError):
+        raise answer[0]
+    return manifest.validate(answer[0], f"run {run.name}"), url_of(runs, run.name)
