@@ -1,0 +1,448 @@
+"""The command ``moviola``. Every verb is thin: it reads its arguments, calls one function, and shows the answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pipelines import storage
+from pipelines.faults import InputError
+
+STOPPED = 75
+INTERRUPTED = 130
+app = typer.Typer(
+    name="moviola",
+    help="Trains video autoencoders at scale. `moviola COMMAND --help` says more of each command.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+out = Console(soft_wrap=True, markup=False, width=None if sys.stdout.isatty() else 160)
+err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+
+Manifest = Annotated[str, typer.Argument(help="Path or URL of a manifest.", show_default=False)]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, or its path.", show_default=False)]
+CheckpointUrl = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run (its newest committed one).")
+]
+CodecUrl = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, a run, or a folder that `moviola export` wrote.")
+]
+Runs = Annotated[str, typer.Option("--runs", envvar="MOVIOLA_RUNS", help="Folder or URL where runs are kept.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change any field, e.g. optimizer.lr=1e-4.")
+]
+Name = Annotated[str | None, typer.Option("--name", help="Name of the run, in place of the manifest's.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+@app.command()
+def train(
+    manifest: Manifest,
+    sets: Sets = None,
+    name: Name = None,
+    runs: Runs = "./runs",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Judge and resolve the manifest, train nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train in the foreground, on an embedded local Ray. The same command goes on with a run that was stopped.
+
+    Ctrl-C or SIGTERM commits a checkpoint and ends with status 75.
+    """
+    from cluster import launch
+    from trainer import manifest as manifests
+    from trainer import run
+
+    wanted = manifests.load(manifest, sets or [], name=name)
+    if dry_run:
+        _dry_run(wanted, as_json)
+        return
+    claimed, run_url = run.claim(wanted, runs)
+    err.print(f"run {claimed.name} in {storage.redact(run_url)}")
+    _finish(launch.foreground(claimed, run_url, err), claimed.name, run_url, _again(), as_json)
+
+
+@app.command()
+def resume(run: RunName, runs: Runs = "./runs", sets: Sets = None, as_json: Json = False) -> None:
+    """Go on with a run from its newest committed checkpoint; `--set workers.count=N` at another world size."""
+    from cluster import launch
+    from trainer import manifest as manifests
+    from trainer import run as folder
+
+    runs, run, run_url = _run(run, runs)
+    folder.load(run_url)
+    wanted = manifests.load(storage.join(run_url, "manifest.yaml"), sets or [], name=run)
+    claimed, run_url = folder.claim(wanted, runs)
+    _finish(launch.foreground(claimed, run_url, err), run, run_url, _again(), as_json)
+
+
+def _run(name: str, runs: str) -> tuple[str, str, str]:
+    """The folder of runs, the name and the URL of a run, from its name, or from its path or URL."""
+    from trainer import manifest as manifests
+    from trainer import run as folder
+
+    parent, slash, last = name.rstrip("/").rpartition("/")
+    if slash:
+        runs, name = parent or "/", last
+    if not manifests.NAME.match(name):
+        raise InputError(f"{name!r} is no run's name; `moviola list` shows the runs that there are", status=2)
+    return runs, name, folder.url_of(runs, name)
+
+
+def _again() -> str:
+    """The command as it was typed, without secrets."""
+    import shlex
+    import shutil
+
+    command = sys.argv[0] if shutil.which(sys.argv[0]) not in (None, shutil.which("moviola")) else "moviola"
+    return " ".join(shlex.quote(storage.redact(argument)) for argument in (command, *sys.argv[1:]))
+
+
+def _finish(outcome: str, name: str, run_url: str, command: str, as_json: bool) -> None:
+    from cluster import runs as known
+
+    status = known.status(run_url)
+    if as_json:
+        out.print_json(data=dataclasses.asdict(status))
+    if outcome == "stopped":
+        step = status.last_commit_step
+        kept = " before its first checkpoint" if step is None else f"; a checkpoint of step {step} is committed"
+        err.print(f"run {name} stopped{kept}. To go on:")
+        err.print(f"  {command}")
+        raise typer.Exit(STOPPED)
+    err.print(f"run {name} is done: {status.step} steps, goodput {status.goodput or 0:.1%}, {storage.redact(run_url)}")
+
+
+def _dry_run(wanted: Any, as_json: bool) -> None:
+    from trainer import plan
+
+    facts = plan.dry_run(wanted)
+    if as_json:
+        out.print_json(data=facts)
+    else:
+        plan.show(facts, out)
+
+
+@app.command("list")
+def list_runs(runs: Runs = "./runs", as_json: Json = False) -> None:
+    """All runs of a folder: state, stage, step, loss, goodput."""
+    from cluster import runs as known
+    from trainer import run
+
+    found = [known.status(run.url_of(runs, name)) for name in known.names(runs)]
+    if as_json:
+        out.print_json(data={"runs": [dataclasses.asdict(status) for status in found]})
+        return
+    if not found:
+        err.print(f"no runs in {storage.redact(runs)}")
+    table = Table()
+    for title in ("run", "state", "attempt", "stage", "step", "loss", "last commit", "restarts", "goodput"):
+        table.add_column(title, overflow="fold")
+    for s in found:
+        table.add_row(*_cells(s.name, s.state, s.attempt, s.stage, f"{s.step}/{s.steps}", s.loss, s.last_commit_step,
+                              s.restarts, None if s.goodput is None else f"{s.goodput:.1%}"))  # fmt: skip
+    if found:
+        out.print(table)
+
+
+def _cells(*values: Any) -> list[str]:
+    return ["-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in values]
+
+
+@app.command()
+def status(run: RunName, runs: Runs = "./runs", as_json: Json = False) -> None:
+    """One run, from its storage: state, step, loss, commits, restarts and where every second went."""
+    from cluster import runs as known
+
+    state = dataclasses.asdict(known.status(_run(run, runs)[2]))
+    if as_json:
+        out.print_json(data=state)
+        return
+    table = Table(show_header=False)
+    for key, value in state.items():
+        if key == "ledger":
+            total = sum(value.values()) or 1.0
+            value = "  ".join(f"{cause} {s:.0f} s ({s / total:.0%})" for cause, s in value.items() if s >= 0.5)
+        elif key == "causes":
+            value = ", ".join(f"{cause} {times}" for cause, times in value.items()) or None
+        table.add_row(key.replace("_", " "), *_cells(value))
+    out.print(table)
+
+
+@app.command()
+def stop(run: RunName, runs: Runs = "./runs") -> None:
+    """Ask a run to commit a checkpoint and end."""
+    from cluster import runs as known
+
+    _, run, run_url = _run(run, runs)
+    state = known.status(run_url).state
+    if state in ("done", "stopped", "failed"):
+        raise InputError(f"run {run} is already {state}")
+    known.ask_to_stop(run_url, "moviola stop")
+    err.print(f"asked {run} to stop; `moviola status {run}` says when its checkpoint is committed")
+
+
+@app.command()
+def evaluate(
+    checkpoint: CheckpointUrl,
+    dataset: Annotated[str | None, typer.Argument(help="Dataset; by default the run's data.eval.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of a clip; by default the last stage's.", min=1)] = None,
+    clips: Annotated[int | None, typer.Option(help="Clips, spread over the dataset; by default all.", min=1)] = None,
+    lpips: Annotated[str, typer.Option(help="LPIPS backbone: alex or vgg.")] = "alex",
+    lpips_weights: Annotated[
+        str, typer.Option(help="The backbone's weights: random, torchvision (downloads), a path or a URL.")
+    ] = "random",
+    runs: Runs = "./runs",
+    as_json: Json = False,
+) -> None:
+    """PSNR, SSIM and LPIPS beside two baselines of the same latent budget; a run keeps them in evaluation.json."""
+    from trainer import examine
+    from trainer import run as folder
+
+    url, run_url = _checkpoint(checkpoint, runs)
+    dataset = dataset or _required(folder.load(run_url)).data.eval
+    if dataset is None:
+        raise InputError(f"{checkpoint}: the run's manifest has no data.eval; name a dataset", status=2)
+    with err.status("evaluating …") as status:
+        report = examine.evaluate_checkpoint(
+            url, dataset, run_url=run_url, frames=frames, count=clips,
+            lpips={"backbone": lpips, "weights": lpips_weights},
+            progress=lambda done: status.update(f"evaluating … {done} clips"), warn=_warn,
+        )  # fmt: skip
+    if as_json:
+        out.print_json(report.json())
+        return
+    out.print(report.table())
+    err.print(f"{run_url}/evaluation.json, pictures in {run_url}/samples")
+
+
+@app.command()
+def reconstruct(
+    checkpoint: CodecUrl,
+    video: Annotated[str, typer.Argument(help="Video of any length and size.")],
+    to: Annotated[str, typer.Argument(metavar="OUT.mp4", help="Where the mp4 goes.")],
+    alone: Annotated[bool, typer.Option("--alone", help="The reconstruction alone, not beside the original.")] = False,
+    runs: Runs = "./runs",
+    as_json: Json = False,
+) -> None:
+    """Encode and decode a video of any length in constant memory; an mp4 with the original on the left."""
+    from trainer import codec as codecs
+
+    codec = codecs.load(_checkpoint(checkpoint, runs)[0], warn=_warn)
+    _coded(lambda show: codecs.reconstruct_file(codec, video, to, beside=not alone, progress=show), to, as_json)
+
+
+@app.command()
+def encode(
+    checkpoint: CodecUrl,
+    video: Annotated[str, typer.Argument(help="Video of any length and size.")],
+    to: Annotated[str, typer.Argument(metavar="OUT.safetensors", help="Where the latents go.")],
+    runs: Runs = "./runs",
+    as_json: Json = False,
+) -> None:
+    """Encode a video to latents, frame by frame."""
+    from trainer import codec as codecs
+
+    codec = codecs.load(_checkpoint(checkpoint, runs)[0], warn=_warn)
+    _coded(lambda show: codecs.encode_file(codec, video, to, show), to, as_json)
+
+
+@app.command()
+def decode(
+    checkpoint: CodecUrl,
+    latents: Annotated[str, typer.Argument(help="Latents that `moviola encode` wrote with the same weights.")],
+    to: Annotated[str, typer.Argument(metavar="OUT.mp4", help="Where the mp4 goes.")],
+    runs: Runs = "./runs",
+    as_json: Json = False,
+) -> None:
+    """Decode latents to a video."""
+    from trainer import codec as codecs
+
+    codec = codecs.load(_checkpoint(checkpoint, runs)[0], warn=_warn)
+    _coded(lambda show: codecs.decode_file(codec, latents, to, show), to, as_json)
+
+
+def _coded(work: Callable[[Callable[[int], None]], Any], to: str, as_json: bool) -> None:
+    with err.status("…") as status:
+        coded = work(lambda frames: status.update(f"frame {frames}"))
+    if as_json:
+        out.print_json(coded.json())
+        return
+    quality = f", {coded.psnr_db:.2f} dB PSNR" if coded.psnr_db is not None else ""
+    err.print(f"{coded.frames} frames, {coded.numbers_per_frame:,.0f} latent numbers a frame{quality}: {to}")
+
+
+@app.command()
+def export(
+    checkpoint: CheckpointUrl,
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Where config.json and model.safetensors go.")],
+    runs: Runs = "./runs",
+) -> None:
+    """Write safetensors and config.json: all that `trainer.codec.load` needs."""
+    from trainer import codec as codecs
+
+    for url in codecs.export(codecs.load(_checkpoint(checkpoint, runs)[0], warn=_warn), folder):
+        err.print(storage.redact(url))
+
+
+@app.command()
+def fingerprint(checkpoint: CheckpointUrl, runs: Runs = "./runs", as_json: Json = False) -> None:
+    """One digest each for weights, EMA, optimizer, adversary, loader and RNG: equal states have equal fingerprints."""
+    from trainer import checkpoint as checkpoints
+
+    digests = checkpoints.fingerprint(_checkpoint(checkpoint, runs)[0], warn=_warn)
+    if as_json:
+        out.print_json(data=digests)
+        return
+    for part, digest in digests.items():
+        out.print(f"{part:<10} {digest or '-'}")
+
+
+@app.command()
+def pack(
+    source: Annotated[str, typer.Argument(metavar="VIDEO_DIR_OR_LIST", help="Folder, list file or s3:// prefix.")],
+    dest: Annotated[str, typer.Argument(metavar="DEST", help="Where the dataset goes: a folder or s3://.")],
+    rules: Annotated[str | None, typer.Option(help="Rules file (YAML), as in manifests/datasets/.")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a rule, e.g. frames=49.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.", min=1)] = None,
+    as_json: Json = False,
+) -> None:
+    """Cut videos and images to clips and write them as WebDataset shards with an index. Run again to go on."""
+    from rich.progress import Progress
+
+    from pipelines import pack as packing
+
+    chosen = packing.load_rules(rules, sets or [])
+    with Progress(console=err, disable=not err.is_terminal) as progress:
+        task = progress.add_task("packing", total=None)
+
+        def show(state: packing.Progress) -> None:
+            text = f"{state.clips} clips, {state.skipped} skipped"
+            progress.update(task, total=state.videos, completed=state.done, description=text)
+
+        summary = packing.pack(source, dest, chosen, workers=workers, progress=show)
+    if as_json:
+        out.print_json(data=dataclasses.asdict(summary))
+    else:
+        out.print(summary.text(), markup=False)
+
+
+@app.command()
+def index(
+    url: Annotated[str, typer.Argument(help="Folder or s3:// prefix with plain WebDataset tars.")],
+    to: Annotated[str | None, typer.Option(help="Where the index goes; by default beside the shards.")] = None,
+    name: Annotated[str | None, typer.Option(help="The dataset's name; by default the folder's.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Index an existing WebDataset as it is: nothing is rewritten."""
+    from pipelines import index as indexing
+
+    report = indexing.index_dataset(url, to, name=name, workers=os.cpu_count() or 1)
+    if as_json:
+        out.print_json(data=dataclasses.asdict(report))
+        return
+    out.print(f"{report.clips} clips in {report.shards} shards, {report.kept} of them indexed before")
+    for reason, count in report.skipped.items():
+        out.print(f"skipped, {reason}: {count}")
+    for line in report.named:
+        out.print(f"  {line}", markup=False)
+
+
+@app.command()
+def lint(
+    target: Annotated[str, typer.Argument(metavar="DATASET_OR_MANIFEST", help="A dataset's URL or a manifest.")],
+    every_clip: Annotated[bool, typer.Option("--all", help="Decode every clip, not a sample.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Everything that is wrong with a dataset, or with a manifest and the datasets that it names, at once."""
+    from pipelines import lint as linting
+    from trainer import manifest as manifests
+
+    findings: list[str] = []
+    urls, rules = [target], []
+    if target.endswith((".yaml", ".yml")):
+        try:
+            wanted = manifests.load(target)
+        except InputError as error:
+            findings, urls = str(error).splitlines(), []
+        else:
+            urls = [ref.dataset for ref in (*wanted.data.train, *wanted.data.images)]
+            urls += [wanted.data.eval] if wanted.data.eval else []
+            rules = [stage.clip for stage in wanted.schedule.stages]
+    for url in urls:
+        findings += [str(finding) for finding in linting.lint_dataset(url, rules=rules, every_clip=every_clip)]
+    if as_json:
+        out.print_json(data={"findings": findings})
+    else:
+        out.print("\n".join(findings) or f"{target}: nothing wrong", markup=False)
+    if findings:
+        raise typer.Exit(1)
+
+
+def _checkpoint(name: str, runs: str) -> tuple[str, str]:
+    """A checkpoint's URL and its run's, from a run's name, a run's URL or a checkpoint's."""
+    import re
+
+    if "/" in name or name.startswith("."):
+        return name, re.sub(r"/checkpoints/step-\d{8,}/?$", "", name.rstrip("/"))
+    run_url = _run(name, runs)[2]
+    return run_url, run_url
+
+
+def _required(value: Any) -> Any:
+    assert value is not None
+    return value
+
+
+def _warn(text: str) -> None:
+    err.print(f"warning: {text}", style="yellow")
+
+
+def guarded(command: Callable[[], Any]) -> int:
+    """Runs a command to its exit status; a fault of input ends in its message alone, a fault of ours in a traceback.
+
+    SIGTERM ends it as Ctrl-C does: files half written and processes of its own do not stay behind.
+    """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return command() or 0
+    except InputError as error:
+        err.print(f"moviola: {storage.redact(str(error))}", style="red")
+        return error.status
+    except (KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, SystemExit) and error.code != INTERRUPTED:
+            raise
+        err.print("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        message = storage.redact(f"{error.filename or 'storage'}: {os.strerror(error.errno).lower()}")
+        err.print(f"moviola: {message}; make room, or name a folder that can be written", style="red")
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def main() -> None:
+    """The entry point of the command."""
+    sys.exit(guarded(lambda: app()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,317 @@
+"""The controller's side of a run: an embedded Ray, the trainer, the signals, and a terminal that shows how it goes."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from cluster import runs
+from pipelines import storage
+from pipelines.faults import InputError
+from trainer import checkpoint
+from trainer.lease import Fenced
+from trainer.loop import Outcome
+from trainer.manifest import RunManifest
+
+RAY_DEFAULTS = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_enable_metrics_collection": "0",
+    "TORCHDYNAMO_DISABLE": "1",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "2",
+}
+"""Environment of an embedded Ray on CPU: quick to see a death, quick to start. What the user has set stays."""
+
+
+@contextlib.contextmanager
+def embedded_ray(manifest: RunManifest) -> Iterator[str]:
+    """A Ray of this command's own, on loopback, with its own folder (yielded); gone when the body ends."""
+    for key, value in RAY_DEFAULTS.items():
+        os.environ.setdefault(key, value)
+    if not manifest.workers.gpus:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import ray
+    import ray._private.worker
+
+    # Ray tells of every dead worker at length, on stdout; events.jsonl says it in a line.
+    logging.getLogger("ray._private.worker").setLevel(logging.CRITICAL)
+    ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: None
+    needed = manifest.workers.greatest * manifest.workers.cpus
+    root = tempfile.gettempdir()
+    with _folder(root if len(root) < 32 else "/tmp") as folder:  # sockets with longer paths are refused
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, int(needed + 0.999)),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+                _temp_dir=folder,
+            )
+            yield folder
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _folder(root: str) -> Iterator[str]:
+    """A folder for Ray. Those of commands that were killed go first: a lock that nobody holds tells them."""
+    for old in Path(root).glob("moviola-*/alive"):
+        with contextlib.suppress(OSError), old.open() as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(old.parent, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix="moviola-", dir=root))
+    try:
+        with (folder / "alive").open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH)
+            yield str(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def fit(manifest: RunManifest, run_url: str, launch: str, scratch: str) -> Outcome:
+    """One Ray Train run on the Ray that is connected; raises Ray Train's error when it failed or is out of restarts.
+
+    Ray Train keeps its own notes below ``scratch``; none of them is needed afterwards.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.config import LoggingConfig
+
+    from cluster.recorder import Recorder
+    from cluster.worker import work
+
+    workers, failure = manifest.workers, manifest.failure
+    resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
+    trainer = TorchTrainer(
+        work,
+        train_loop_config={"manifest": manifest.resolved(), "run_url": run_url, "launch": launch},
+        torch_config=TorchConfig(
+            backend="nccl" if workers.gpus else "gloo", timeout_s=max(1, round(failure.hang_seconds))
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=workers.count if isinstance(workers.count, int) else tuple(workers.count),
+            use_gpu=workers.gpus > 0,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name=manifest.name,
+            storage_path=os.path.join(scratch, "train"),
+            failure_config=FailureConfig(
+                max_failures=failure.max_failures,
+                max_preemption_failures=-1 if failure.max_preemptions == "unlimited" else failure.max_preemptions,
+            ),
+            callbacks=[Recorder(run_url)],
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    return trainer.fit().return_value
+
+
+class Follower:
+    """Reads what a run appends to a log of its own, from where the last read ended."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._place = 0
+        with contextlib.suppress(storage.Missing):
+            self._place = storage.size(url)
+
+    def new(self) -> list[dict[str, Any]]:
+        """Whole lines since the last call."""
+        try:
+            size = storage.size(self._url)
+        except storage.Missing:
+            return []
+        if size <= self._place:
+            return []
+        data = storage.read_bytes(self._url, self._place, size)
+        whole = data[: data.rfind(b"\n") + 1]
+        self._place += len(whole)
+        records = []
+        for line in whole.splitlines():
+            with contextlib.suppress(ValueError):  # a line that a full disk cut short
+                records.append(json.loads(line))
+        return records
+
+
+Watcher = Callable[[list[dict[str, Any]], list[dict[str, Any]]], None]
+
+
+def foreground(manifest: RunManifest, run_url: str, console: Console, watch: Watcher | None = None) -> Outcome:
+    """Trains on an embedded Ray and shows progress; the first Ctrl-C or SIGTERM asks for a committed checkpoint.
+
+    A run whose last step is committed is done at once. ``watch`` is called with the new events and the new metrics a
+    few times a second. Returns ``done`` or ``stopped``; raises InputError when the run failed for a reason that the
+    user can mend, Ray Train's error otherwise.
+    """
+    if checkpoint.newest_step(run_url) == manifest.schedule.steps:
+        _note(run_url, "done", step=manifest.schedule.steps)
+        return "done"
+    events, metrics = (Follower(storage.join(run_url, f"{name}.jsonl")) for name in ("events", "metrics"))
+    stops = 0
+
+    def on_signal(number: int, frame: Any) -> None:
+        nonlocal stops
+        stops += 1
+        if stops == 1:
+            console.print(f"{signal.Signals(number).name}: stopping after this step, with a committed checkpoint …")
+            runs.ask_to_stop(run_url, signal.Signals(number).name)
+        elif stops >= 3:
+            console.print("stopped at once; what was trained since the last commit is lost")
+            os._exit(1)
+        else:
+            console.print("still committing; once more to give up what was trained since the last commit")
+
+    launch = uuid.uuid4().hex
+    outcome: list[Outcome] = []
+    failure: list[BaseException] = []
+    attempts: set[int] = set()
+
+    def run(scratch: str) -> None:
+        try:
+            outcome.append(fit(manifest, run_url, launch, scratch))
+        except BaseException as error:
+            failure.append(error)
+
+    def ours(event: dict[str, Any]) -> bool:
+        """Whether it happened to this launch: another one may have taken the run over, and writes to the same logs."""
+        if event["event"] == "start" and event.get("launch") == launch:
+            attempts.add(event["attempt"])
+        return event["attempt"] in attempts or event["event"] == "restart"
+
+    def listen() -> dict[int, Any]:
+        return {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    before = listen()
+    try:
+        with embedded_ray(manifest) as scratch, _bar(console, manifest) as show:
+            listen()  # in place of Ray's handlers, under which SIGTERM ends the process at once
+            thread = threading.Thread(target=run, args=(scratch,), name="ray-train", daemon=True)
+            thread.start()
+            alive = True
+            while alive:
+                thread.join(0.3 if not storage.is_remote(run_url) else 2.0)
+                alive = thread.is_alive()
+                happened = [event for event in events.new() if ours(event)]
+                logged = [line for line in metrics.new() if line["attempt"] in attempts]
+                show(happened, logged)
+                if watch is not None:
+                    watch(happened, logged)
+    except SystemExit:  # Ray's answer to SIGTERM while it starts
+        _note(run_url, "stopped", step=checkpoint.newest_step(run_url) or 0)
+        return "stopped"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if outcome:
+        return outcome[0]
+    fault = _fault(failure[0], manifest, run_url)
+    if not isinstance(fault, Fenced):
+        with contextlib.suppress(InputError):  # storage that can't be written may be the fault
+            _note(run_url, "failed", message=storage.redact(str(fault)))
+    raise fault
+
+
+def _note(run_url: str, event: str, **fields: Any) -> None:
+    record = {"time": time.time(), "event": event, "attempt": 0, **fields}
+    storage.append_text(storage.join(run_url, "events.jsonl"), json.dumps(record) + "\n")
+
+
+def _fault(error: BaseException, manifest: RunManifest, run_url: str) -> BaseException:
+    """What a user is told of Ray Train's last error: an InputError, but for an error of ours, which stays as it is."""
+    from cluster.recorder import brief, cause
+
+    inner = getattr(error, "controller_failure", error)
+    if isinstance(inner, InputError):
+        return inner
+    deaths = getattr(inner, "worker_failures", {})
+    if all(cause(death) == "error" for death in deaths.values()):
+        return error
+    rank, death = min(deaths.items())
+    committed = checkpoint.newest_step(run_url)
+    kept = f"the checkpoint of step {committed} is committed" if committed else "no checkpoint is committed yet"
+    return InputError(
+        f"run {manifest.name} lost workers more often than failure.max_failures: {manifest.failure.max_failures} "
+        f"allows; the last was worker {rank}: {brief(death)}. Out of memory is the usual cause (dmesg knows): lower "
+        f"batch, micro_batch or data.memory_mb. {kept}, and the same command goes on from there."
+    )
+
+
+@contextlib.contextmanager
+def _bar(console: Console, manifest: RunManifest) -> Iterator[Watcher]:
+    """A progress bar on a terminal; a line every few seconds elsewhere."""
+    schedule = manifest.schedule
+    progress = Progress(
+        TextColumn("{task.fields[stage]:<14}"),
+        BarColumn(bar_width=None),
+        TextColumn("step {task.completed:>6.0f}/{task.total:.0f}"),
+        TextColumn("{task.fields[loss]}"),
+        TextColumn("{task.fields[speed]}"),
+        TextColumn("{task.fields[left]}"),
+        console=console,
+        disable=not console.is_terminal,
+        expand=True,
+    )
+    task = progress.add_task("train", total=schedule.steps, stage="starting", loss="", speed="", left="")
+    last_line = 0.0
+
+    def show(happened: list[dict[str, Any]], logged: list[dict[str, Any]]) -> None:
+        nonlocal last_line
+        for event in happened:
+            text = _told(event, schedule)
+            if text:
+                console.print(text, style=None if event["event"] == "start" else "yellow", markup=False)
+        if not logged:
+            return
+        last = logged[-1]
+        done = last["step"] + 1
+        seconds = (schedule.work(schedule.steps) - schedule.work(done)) * last["seconds_per_pixel"]
+        loss, speed = f"loss {float(last['loss']):.4f}", f"{last['clips_per_second']:.1f} clips/s"
+        left = f"{clock(seconds)} left"
+        progress.update(task, completed=done, stage=last["stage"], loss=loss, speed=speed, left=left)
+        if not console.is_terminal and (time.monotonic() - last_line > 5 or done == schedule.steps):
+            last_line = time.monotonic()
+            console.print(f"{last['stage']:<14} step {done:>6}/{schedule.steps}  {loss}  {speed}  {left}")
+
+    with progress:
+        yield show
+
+
+def _told(event: dict[str, Any], schedule: Any) -> str | None:
+    kind = event["event"]
+    if kind == "start":
+        step = event["from_step"]
+        where = f"from the checkpoint of step {step}" if step else "from step 0"
+        return f"attempt {event['attempt']}: {event['world']} workers, {where}"
+    if kind == "restart":
+        return f"worker {event['rank']} {event['cause']}; restarting from the last commit"
+    if kind == "warning":
+        return event["message"]
+    return None
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 1m05s or 2h03m."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"

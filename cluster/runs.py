@@ -1,0 +1,126 @@
+"""Runs on storage: asking for a stop, and what is known of a run, whether its cluster lives or not."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipelines import storage
+from trainer import checkpoint
+from trainer.run import load
+from trainer.telemetry import goodput, read_lines
+
+State = Literal["new", "running", "stopped", "done", "failed", "silent"]
+SILENT_SECONDS = 120.0
+
+
+def ask_to_stop(run_url: str, reason: str) -> None:
+    """Asks a run to commit a checkpoint and end; it answers within seconds, wherever it runs."""
+    storage.write_json(storage.join(run_url, "stop.json"), {"time": time.time(), "reason": reason})
+
+
+def metrics(run_url: str, tail_bytes: int | None = None) -> list[dict[str, Any]]:
+    """Logged steps in order, each as the newest attempt left it."""
+    newest = {line["step"]: line for line in read_lines(storage.join(run_url, "metrics.jsonl"), tail_bytes)}
+    return [newest[step] for step in sorted(newest)]
+
+
+def events(run_url: str) -> list[dict[str, Any]]:
+    """Everything that happened, oldest first."""
+    return read_lines(storage.join(run_url, "events.jsonl"))
+
+
+@dataclass(frozen=True)
+class Status:
+    """A run at a glance; ``last_commit_step`` is None before the first commit. Times in seconds."""
+
+    name: str
+    state: State
+    attempt: int
+    stage: str | None
+    step: int
+    steps: int
+    loss: float | None
+    clips_per_second: float | None
+    seconds_left: float | None
+    last_commit_step: int | None
+    restarts: int
+    causes: Mapping[str, int]
+    goodput: float | None
+    ledger: Mapping[str, float]
+    failure: str | None
+
+
+def status(run_url: str) -> Status:
+    """Read from storage alone, so that it answers when the cluster is gone. Raises InputError when there is no run."""
+    run = load(run_url)
+    assert run is not None
+    happened, logged = events(run_url), metrics(run_url, tail_bytes=1 << 16)
+    last = logged[-1] if logged else None
+    starts = [e for e in happened if e["event"] == "start"]
+    ends = [e for e in happened if e["event"] in ("done", "stopped", "failed", "launch", "start")]
+    heard = max([e["time"] for e in happened] + ([last["time"]] if last else []), default=0.0)
+    state: State = "new"
+    if ends:
+        state = "running" if ends[-1]["event"] in ("launch", "start") else ends[-1]["event"]
+        if state == "running" and (time.time() - heard > SILENT_SECONDS or _gone(happened)):
+            state = "silent"
+    deaths = [e for e in happened if e["event"] == "restart"]
+    causes: dict[str, int] = {}
+    for death in deaths:
+        causes[death["cause"]] = causes.get(death["cause"], 0) + 1
+    step = ends[-1].get("step", 0) if state in ("done", "stopped") else (last["step"] + 1 if last else 0)
+    schedule = run.schedule
+    left = None
+    if last and state == "running":
+        left = (schedule.work(schedule.steps) - schedule.work(step)) * last["seconds_per_pixel"]
+    ledger = _newest_ledger(happened, last)
+    return Status(
+        name=run.name,
+        state=state,
+        attempt=max((e["attempt"] for e in starts), default=0),
+        stage=schedule.stage(min(step, schedule.steps - 1)).name,
+        step=step,
+        steps=schedule.steps,
+        loss=last["loss"] if last else None,
+        clips_per_second=last["clips_per_second"] if last else None,
+        seconds_left=left,
+        last_commit_step=checkpoint.newest_step(run_url),
+        restarts=len(deaths),
+        causes=causes,
+        goodput=goodput(ledger) if ledger else None,
+        ledger={**ledger["seconds"], "uncommitted": ledger["uncommitted"]} if ledger else {},
+        failure=ends[-1].get("message") if state == "failed" else None,
+    )
+
+
+def _gone(happened: list[dict[str, Any]]) -> bool:
+    """Whether the process that launched the run last was one of this machine's, and is no more."""
+    launch = [e for e in happened if e["event"] == "launch"][-1:]
+    if not launch or launch[0]["host"] != socket.gethostname():
+        return False
+    try:
+        os.kill(launch[0]["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # it lives, as another user
+        pass
+    return False
+
+
+def _newest_ledger(happened: list[dict[str, Any]], last: dict[str, Any] | None) -> dict[str, Any] | None:
+    states = [e["ledger"] for e in happened if "ledger" in e] + ([last["ledger"]] if last else [])
+    return max(states, key=lambda state: state["time"], default=None)
+
+
+def names(runs: str) -> list[str]:
+    """Names of the runs there, in order."""
+    return sorted(
+        e.name
+        for e in storage.list_dir(runs)
+        if e.is_dir and storage.exists(storage.join(runs, e.name, "manifest.yaml"))
+    )

@@ -1,0 +1,141 @@
+"""One run through a killed worker, a SIGTERM, a take-over and to its end, with the command as an operator types it."""
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+
+from cluster import launch, runs
+from cluster.recorder import Recorder
+from pipelines.faults import InputError
+from trainer import manifest as manifests
+from trainer import run as folder
+from trainer import trace
+from trainer.lease import Fenced, Lease
+
+ROOT = Path(__file__).parents[2]
+STEPS = 120
+
+
+class Command:
+    """The command in a process of its own, with its own folder for temporary files."""
+
+    def __init__(self, arguments, scratch, place):
+        self.out, self.err = place / "out", place / "err"
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": scratch}
+        with self.out.open("w") as out, self.err.open("w") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "cluster.cli", *arguments],
+                cwd=place, env=environment, stdout=out, stderr=err, start_new_session=True,
+            )  # fmt: skip
+
+    def until(self, condition):
+        """Waits until ``condition`` gives something, and gives it back."""
+        while not (found := condition()):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.1)
+                pytest.fail(f"ended with {self.process.returncode} too soon:\n{self.err.read_text()}")
+        return found
+
+    def end(self):
+        """(exit status, stdout, stderr) once it has ended."""
+        return self.process.wait(60), self.out.read_text(), self.err.read_text()
+
+
+@pytest.fixture
+def scratch():
+    made = tempfile.mkdtemp(prefix="m-", dir="/tmp")
+    yield made
+    shutil.rmtree(made, ignore_errors=True)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_a_run_survives_all_of_it_and_every_clip_is_trained_on_once(small_dataset, tmp_path, scratch):
+    arguments = ["train", str(ROOT / "manifests/demo.yaml"), "--name", "tried", "--runs", str(tmp_path / "my runs")]
+    steps = {"first-frame": 20, "frames-3": STEPS - 30, "frames-5": 5, "frames-7": 5}
+    for setting in (
+        f"data={{train: {small_dataset}, eval: null}}",
+        "clip.sizes=[[32, 32]]",
+        "telemetry.log_every=1",
+        "checkpoint.every_steps=5",
+        *(f"stages.{stage}.steps={count}" for stage, count in steps.items()),
+    ):
+        arguments += ["--set", setting]
+    run_url = str(tmp_path / "my runs" / "tried")
+
+    def reached(step, attempt):
+        return any(m["step"] >= step and m["attempt"] == attempt for m in runs.metrics(run_url))
+
+    def starts():
+        return [event for event in runs.events(run_url) if event["event"] == "start"]
+
+    first = Command(arguments, scratch, tmp_path)
+    try:
+        first.until(lambda: reached(12, 1))
+        os.kill(starts()[0]["workers"][1]["pid"], signal.SIGKILL)
+        first.until(lambda: len(starts()) == 2)
+        committed = starts()[1]["from_step"]
+        assert committed >= 10
+        first.until(lambda: reached(committed + 2, 2))
+        first.process.send_signal(signal.SIGTERM)
+        status, out, err = first.end()
+        assert (status, out) == (75, ""), err
+        assert "worker 1 killed; restarting from the last commit" in err
+        assert f"attempt 2: 2 workers, from the checkpoint of step {committed}" in err
+        assert "Traceback" not in err and "raylet" not in err
+        state = runs.status(run_url)
+        assert (state.state, state.restarts, state.causes) == ("stopped", 1, {"killed": 1})
+        assert state.last_commit_step == state.step and f"a checkpoint of step {state.step} is committed" in err
+        typed = shlex.split(err.strip().splitlines()[-1])
+        assert typed[1:] == arguments
+
+        second = Command(typed[1:], scratch, tmp_path)
+        second.until(lambda: reached(state.step + 1, 3))
+        Lease.take(run_url)
+        status, _, err = second.end()
+        assert status == 1 and "was replaced by attempt 4" in err and "Traceback" not in err
+        assert "restarting" not in err and len(starts()) == 3
+        assert runs.status(run_url).state == "running", "the run is the other one's now"
+
+        status, out, err = Command([*typed[1:], "--json"], scratch, tmp_path).end()
+        assert status == 0, err
+        state = json.loads(out)
+        assert (state["state"], state["step"], state["last_commit_step"]) == ("done", STEPS, STEPS)
+        schedule = folder.load(run_url).schedule
+        history = trace.history(run_url, schedule, STEPS)
+        assert history.exact and history.places == schedule.clips
+        assert os.listdir(scratch) == [], "nothing of Ray stays behind"
+        assert Command(typed[1:], scratch, tmp_path).end()[0] == 0
+        assert runs.status(run_url).state == "done" and len(starts()) == 4
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(first.process.pid, signal.SIGKILL)
+
+
+def test_what_a_user_is_told_of_the_end(tmp_path, small_dataset):
+    plain = {"name": "small", "recipe": "arvae", "data": {"train": str(small_dataset)}, "batch": 4}
+    manifest, run_url = folder.claim(manifests.validate(plain, "m"), str(tmp_path))
+    ours = UserExceptionWithTraceback(ValueError("a defect"), "Traceback of it")
+    for fault in (InputError("the disk is full"), Fenced("replaced")):
+        with pytest.raises(type(fault), match=str(fault)) as told:
+            Recorder(run_url).after_exception(None, {0: ours, 1: UserExceptionWithTraceback(fault, "")})
+        assert launch._fault(ControllerError(told.value), manifest, run_url) is told.value
+    spent = launch._fault(WorkerGroupError("text", {1: RuntimeError("ActorDiedError: OOM")}), manifest, run_url)
+    assert isinstance(spent, InputError)
+    assert "failure.max_failures: 10" in str(spent) and "no checkpoint is committed yet" in str(spent)
+    defect = WorkerGroupError("text", {0: ours})
+    assert launch._fault(defect, manifest, run_url) is defect
+    Recorder(run_url).after_exception(None, {0: ours})
+    event = runs.events(run_url)[-1]
+    assert (event["event"], event["cause"], event["rank"]) == ("restart", "error", 0)
