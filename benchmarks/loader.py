@@ -1,0 +1,410 @@
+"""The loader against its peers, and against decoding alone; writes ``benchmarks/results/loader_<hardware>_<date>.md``.
+
+    eval "$(scripts/object_store.sh env)"
+    python -m benchmarks.loader s3://BUCKET/PREFIX [--footage DIR] [--rounds 3] [--clips 960]
+        [--streaming VENV] [--energon VENV]
+
+Every number comes from a process of its own (``benchmarks/readers.py``), with cold caches, over S3. The rounds of all
+loaders are interleaved, and medians are reported. VENV is a virtual environment that holds the peer, torch, PyAV,
+s3fs, pydantic and psutil. Clips are 31 frames of 128x128, the footage's middle square (procedural without --footage).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+from pipelines import index, storage, synthetic
+from pipelines.pack import PackRules, pack
+
+HERE = Path(__file__).parent
+SIZE = 128
+STORED = 31
+A_VIDEO = 4
+A_SHARD = 250
+STANDARD = {"crf": "18", "preset": "medium"}
+
+
+def sources(footage: Path | None, folder: Path) -> None:
+    """31-frame clips of the footage's middle square, stored without loss, for both encodings to start from."""
+    folder.mkdir(parents=True)
+    if footage is None:
+        synthetic.write_videos(folder.parent / "synthetic", count=16, seconds=8.0, size=(SIZE, SIZE), seed=1)
+        footage = folder.parent / "synthetic"
+    for path in sorted(footage.iterdir()):
+        if path.suffix not in (".mp4", ".mkv", ".avi", ".mov", ".webm"):
+            continue
+        for number, frames in enumerate(_pieces(path)):
+            (folder / f"{path.stem.replace('.', '-')}-{number}.mp4").write_bytes(encode(frames, {"crf": "0"}))
+
+
+def _pieces(path: Path) -> Iterator[list[av.VideoFrame]]:
+    frames: list[av.VideoFrame] = []
+    made = 0
+    with av.open(str(path)) as container:
+        for frame in container.decode(video=0):
+            scale = SIZE / min(frame.height, frame.width)
+            height, width = (max(SIZE, round(side * scale / 2) * 2) for side in (frame.height, frame.width))
+            pixels = frame.reformat(width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
+            top, left = (height - SIZE) // 2, (width - SIZE) // 2
+            square = np.ascontiguousarray(pixels[top : top + SIZE, left : left + SIZE])
+            frames.append(av.VideoFrame.from_ndarray(square, format="rgb24"))
+            if len(frames) == STORED:
+                yield frames
+                frames, made = [], made + 1
+                if made == A_VIDEO:
+                    return
+
+
+def encode(frames: list[av.VideoFrame], options: dict[str, str]) -> bytes:
+    """H.264 in MP4."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=25, options=options)
+        stream.height, stream.width, stream.pix_fmt = frames[0].height, frames[0].width, "yuv420p"
+        stream.codec_context.thread_count = 1
+        for number, frame in enumerate(frames):
+            picture = frame.reformat(format="yuv420p")
+            picture.pts = number
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def standard(folder: Path, tars: Path, clips: int) -> None:
+    """The clips as x264 encodes them unless told otherwise, in plain tars; repeated up to ``clips``."""
+    tars.mkdir(parents=True)
+    encoded = []
+    for path in sorted(folder.iterdir()):
+        with av.open(str(path)) as container:
+            encoded.append(encode(list(container.decode(video=0)), STANDARD))
+    for first in range(0, clips, A_SHARD):
+        with tarfile.open(tars / f"shard-{first // A_SHARD:06d}.tar", "w") as tar:
+            for number in range(first, min(clips, first + A_SHARD)):
+                data = encoded[number % len(encoded)]
+                info = tarfile.TarInfo(f"{number:07d}.mp4")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def psnr(clip: bytes, source: bytes) -> float:
+    """Over all frames and colours, against the source's, both as RGB."""
+    pictures = []
+    for data in (clip, source):
+        with av.open(io.BytesIO(data)) as container:
+            pictures.append(np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)]).astype(float))
+    return float(10 * np.log10(255**2 / ((pictures[0] - pictures[1]) ** 2).mean()))
+
+
+def members(url: str) -> dict[str, bytes]:
+    """Key -> video of a dataset."""
+    dataset, found = index.open_dataset(url), {}
+    for shard, rows in dataset.all_records():
+        data = storage.read_bytes(dataset.shard_url(shard))
+        for row in rows:
+            found[row["key"].decode()] = data[int(row["offset"]) : int(row["offset"]) + int(row["bytes"])]
+    return found
+
+
+def run(name: str, config: dict[str, Any], python: str = sys.executable) -> dict[str, Any]:
+    """One reader in a fresh process."""
+    command = [python, str(HERE / "readers.py"), name, json.dumps(config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=_environment())
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or (not lines and name != "write_mds"):
+        raise RuntimeError(f"{name}: {done.stderr[-1500:]}")
+    return json.loads(lines[-1]) if lines else {}
+
+
+def _environment() -> dict[str, str]:
+    endpoint = os.environ.get("MOVIOLA_S3_ENDPOINT", "")
+    return os.environ | {"S3_ENDPOINT_URL": endpoint, "AWS_ENDPOINT_URL": endpoint, "OMP_NUM_THREADS": "1"}
+
+
+def prepare(url: str, footage: Path | None, clips: int, work: Path, peers: dict[str, str]) -> dict[str, Any]:
+    """Writes the datasets; the packing's price in bytes and quality."""
+    sources(footage, work / "sources")
+    standard(work / "sources", work / "standard", clips)
+    for path in sorted((work / "standard").iterdir()):
+        storage.upload(storage.join(url, "standard", path.name), path)
+    index.index_dataset(storage.join(url, "standard"), name="standard")
+    rules = PackRules(frames=STORED, least_frames=STORED, cuts=False)
+    pack(work / "sources", storage.join(url, "packed"), rules, workers=2)
+    if "streaming" in peers:
+        run("write_mds", {"mds": storage.join(url, "mds"), "tars": str(work / "standard")}, peers["streaming"])
+    packed = members(storage.join(url, "packed"))
+    given = members(storage.join(url, "standard"))
+    paths = sorted((work / "sources").iterdir())
+    found: dict[str, Any] = {"clips": len(paths), "packed": len(packed)}
+    stems = {path.stem: (n, path.read_bytes()) for n, path in enumerate(paths)}
+    both = [(key, next(s for s in stems if s in key)) for key in packed if any(s in key for s in stems)]
+    found["bytes"] = [
+        statistics.mean(len(given[f"{stems[s][0]:07d}"]) for _, s in both),
+        statistics.mean(len(packed[k]) for k, _ in both),
+    ]
+    found["psnr"] = [
+        statistics.mean(psnr(given[f"{stems[s][0]:07d}"], stems[s][1]) for _, s in both),
+        statistics.mean(psnr(packed[k], stems[s][1]) for k, s in both),
+    ]
+    return found
+
+
+def measure(url: str, rounds: int, clips: int, peers: dict[str, str]) -> dict[tuple[str, int], dict[str, Any]]:
+    """Medians over the rounds, by (reader, workers)."""
+    batch = {"batch": 16, "size": [SIZE, SIZE], "stored": STORED, "clips": clips, "granularity": 8}
+    given = {**batch, "url": storage.join(url, "standard"), "mds": storage.join(url, "mds")}
+    store = storage._s3()
+    names = [entry.name for entry in storage.list_dir(given["url"]) if entry.name.endswith(".tar")]
+    given["signed"] = [store.reads._sign(storage.join(given["url"], name))[0] for name in names]
+    last = {"first_step": 4 * clips // batch["batch"]}
+    jobs: dict[str, tuple[str, dict[str, Any], str]] = {
+        "decoding alone": ("memory", {**given, "decoder": "ours"}, sys.executable),
+        "moviola": ("ours", given, sys.executable),
+        "moviola, resumed in the middle": ("ours", {**given, **last}, sys.executable),
+        "moviola, packed": ("ours", {**given, "url": storage.join(url, "packed")}, sys.executable),
+        "webdataset": ("webdataset", {**given, "decoder": "ours"}, sys.executable),
+        "webdataset, plain PyAV": ("webdataset", {**given, "decoder": "plain"}, sys.executable),
+    }
+    for label, decoder in (("PyAV, plain", "plain"), ("torchcodec", "torchcodec"), ("ours", "ours")):
+        for kind in ("standard", "packed"):
+            jobs[f"decoder: {label}, {kind}"] = (
+                "memory", {**given, "url": storage.join(url, kind), "decoder": decoder}, sys.executable
+            )  # fmt: skip
+    for peer in peers:
+        jobs[peer] = (peer, {**given, "decoder": "ours", "energon": f"{url}/standard"}, peers[peer])
+        jobs[f"{peer}, plain PyAV"] = (peer, {**jobs[peer][1], "decoder": "plain"}, peers[peer])
+    found: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for _ in range(rounds):
+        for workers in (0, 1, 2):
+            for label, (name, config, python) in jobs.items():
+                if label.startswith("decoder") and workers != 1:
+                    continue
+                try:
+                    found[label, workers].append(run(name, {**config, "workers": workers}, python))
+                except (RuntimeError, subprocess.TimeoutExpired) as error:
+                    print(f"{label}, {workers} workers: {str(error)[-800:]}", file=sys.stderr)
+    return {
+        key: {field: statistics.median(r[field] for r in results if r[field] is not None) if any(
+            r[field] is not None for r in results) else None for field in results[0]}
+        for key, results in found.items()
+    }  # fmt: skip
+
+
+def ten_million(url: str) -> list[tuple[str, float, float]]:
+    """(position, seconds from open to the first batch, megabytes of the index) at 10 million clips in 10,000 shards."""
+    small = index.open_dataset(storage.join(url, "standard"))
+    lines = storage.read_json(storage.join(small.url, "index.json"))["shards"]
+    whole = [index.Shard(**line) for line in lines if line["clips"] == A_SHARD]
+    shards = [whole[n % len(whole)] for n in range(10_000_000 // A_SHARD)]
+    large = storage.join(url, "large")
+    index.write_index(large, small.card, shards, base=small.url)
+    for shard in whole:
+        name = index.index_name(shard.file)
+        storage.write_bytes(storage.join(large, name), storage.read_bytes(storage.join(small.url, name)))
+    found = []
+    steps = 10_000_000 // 16
+    for label, step in (("start", 0), ("middle", steps // 2), ("end", steps - 1)):
+        results = [_first_batch(large, step) for _ in range(3)]
+        found.append((label, *(statistics.median(values) for values in zip(*results, strict=True))))
+    return found
+
+
+def _first_batch(url: str, step: int) -> tuple[float, float]:
+    program = (
+        "import time, torch, botocore.auth, botocore.session; torch.set_num_threads(1)\n"
+        "from pipelines import index, loader\n"
+        "from pipelines.contracts import BatchPlan, ClipRule\n"
+        "def rss(): return int(open('/proc/self/statm').read().split()[1]) * 4096 / 1e6\n"
+        "rule = ClipRule(frames=9, sizes=((128, 128),))\n"
+        "plan = lambda s: BatchPlan(s, 's', s * 16, 16, 'video', s * 16, (128, 128), rule)\n"
+        "began, before = time.perf_counter(), rss()\n"
+        f"dataset = index.open_dataset({url!r}); held = rss() - before\n"
+        "made = loader.Loader([(dataset, 1.0)], None, plan, 1 << 40, seed=1, micro_batch=16, granularity=8)\n"
+        f"next(made.iter_from({step}))\n"
+        "print(time.perf_counter() - began, held, flush=True)\n"
+        "import os; os._exit(0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    seconds, megabytes = map(float, done.stdout.split())
+    return seconds, megabytes
+
+
+def shared(url: str) -> list[tuple[int, float, float]]:
+    """(world size, bytes fetched over bytes used, requests a clip) of one pass by all ranks."""
+    from pipelines.contracts import BatchPlan, ClipRule
+    from pipelines.loader import Loader
+
+    rule, batch = ClipRule(frames=1, sizes=((32, 32),)), 128
+    found = []
+    for world in (1, 4, 16):
+        fetched = used = requests = clips = 0
+        for rank in range(world):
+            dataset = index.open_dataset(storage.join(url, "packed"))
+
+            def plan(step: int) -> BatchPlan:
+                return BatchPlan(step, "s", step * batch, batch, "video", step * batch, (32, 32), rule)
+
+            loader = Loader(
+                [(dataset, 1.0)], None, plan, 6, seed=1, micro_batch=8, granularity=8, rank=rank, world=world
+            )
+            for _ in loader.iter_from(0):
+                pass
+            metrics = loader.metrics
+            fetched += metrics.bytes_fetched
+            used += metrics.bytes_used
+            requests += metrics.requests
+            clips += metrics.clips
+        found.append((world, fetched / used, requests / clips))
+    return found
+
+
+def report(
+    packing: dict[str, Any],
+    medians: dict[tuple[str, int], dict[str, Any]],
+    positions: list[tuple[str, float, float]],
+    worlds: list[tuple[int, float, float]],
+    arguments: argparse.Namespace,
+    peers: dict[str, str],
+) -> str:
+    """The results as Markdown."""
+
+    def rate(label: str, workers: int) -> float:
+        return medians[label, workers]["clips"] / medians[label, workers]["seconds"]
+
+    def cpu(label: str, workers: int) -> float:
+        return 1e3 * medians[label, workers]["cpu_s"] / medians[label, workers]["clips"]
+
+    lines = [
+        f"# Loader, {arguments.hardware}, {datetime.date.today()}",
+        "",
+        f"`python -m benchmarks.loader S3_URL --rounds {arguments.rounds} --clips {arguments.clips}"
+        f"{' --footage DIR' if arguments.footage else ''}`. {platform.processor() or platform.machine()}, "
+        f"{os.cpu_count()} cores, load at the end {os.getloadavg()[1]:.1f}; Python {platform.python_version()}, "
+        + ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "av", "webdataset"))
+        + "".join(f", {name} {_version(python, name)}" for name, python in peers.items())
+        + ".",
+        "",
+        f"9 neighbouring frames of {STORED} at {SIZE}x{SIZE}, batches of 16, over S3 on loopback, fresh processes, "
+        f"medians of {arguments.rounds} interleaved rounds. All decode with our decoder unless they say `plain PyAV`, "
+        "which is what their users write. `of bound` is the rate over that of decoding alone from memory in as many "
+        "threads; `beyond` is CPU time a clip of all processes less that of decoding alone; `first` is from "
+        "constructing the loader to the first batch, imports done.",
+        "",
+        "| loader | workers | first (s) | clips/s | of bound | CPU ms a clip | beyond (ms) |",
+        "| --- | --: | --: | --: | --: | --: | --: |",
+    ]
+    decoders = {label: key for key in medians if (label := key[0]).startswith("decoder")}
+    loaders = {key: values for key, values in medians.items() if key[0] not in decoders}
+    for (label, workers), values in sorted(loaders.items(), key=lambda item: (item[0][1], item[0][0])):
+        same = ("decoding alone", workers) in medians and "packed" not in label and "plain" not in label
+        bound = f"{rate(label, workers) / rate('decoding alone', workers):.2f}" if same else ""
+        beyond = f"{cpu(label, workers) - cpu('decoding alone', workers):.2f}" if same else ""
+        lines.append(
+            f"| {label} | {workers} | {values['first_batch_s']:.2f} | {rate(label, workers):.0f} | {bound} | "
+            f"{cpu(label, workers):.2f} | {beyond} |"
+        )
+    best = min((label for label, _ in loaders if "plain" in label), key=lambda label: cpu(label, 1), default=None)
+    lines += [
+        "",
+        "## What packing buys",
+        "",
+        f"{packing['clips']} clips. Given to the peers: x264, CRF {STANDARD['crf']}, {STANDARD['preset']}, its own "
+        f"keyframes: {packing['bytes'][0]:,.0f} bytes a clip, {packing['psnr'][0]:.2f} dB against the source. "
+        f"Packed by `moviola pack` with its defaults: {packing['bytes'][1]:,.0f} bytes "
+        f"({packing['bytes'][1] / packing['bytes'][0]:.2f} times), {packing['psnr'][1]:.2f} dB "
+        f"({packing['psnr'][1] - packing['psnr'][0]:+.2f} dB).",
+    ]
+    if best:
+        lines.append(
+            f"Clips a second and core, one worker: {1e3 / cpu('moviola, packed', 1):.0f} packed, "
+            f"{1e3 / cpu(best, 1):.0f} for the best peer as its users run it ({best}): "
+            f"{cpu(best, 1) / cpu('moviola, packed', 1):.1f} times."
+        )
+    lines += [
+        "",
+        "## Decoders",
+        "",
+        "Decoding alone from memory, one thread.",
+        "",
+        "| decoder | CPU ms a clip |",
+        "| --- | --: |",
+        *(f"| {label.removeprefix('decoder: ')} | {cpu(*key):.2f} |" for label, key in sorted(decoders.items())),
+    ]
+    lines += [
+        "",
+        "## Resume at 10 million clips",
+        "",
+        f"40,000 shards of {A_SHARD} clips. From opening the dataset to the first batch, in a fresh process, imports "
+        "done.",
+        "",
+        "| position | seconds | index in memory (MB) |",
+        "| --- | --: | --: |",
+        *(f"| {label} | {seconds:.2f} | {held:.0f} |" for label, seconds, held in positions),
+        "",
+        "## Bytes",
+        "",
+        "Over all ranks, packed clips, granularity 8, batches of 128.",
+        "",
+        "| world size | bytes fetched over bytes used | requests a clip |",
+        "| --: | --: | --: |",
+        *(f"| {world} | {ratio:.3f} | {requests:.2f} |" for world, ratio, requests in worlds),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _version(python: str, name: str) -> str:
+    package = {"streaming": "mosaicml-streaming", "energon": "megatron-energon"}[name]
+    code = f"import importlib.metadata as m; print(m.version({package!r}))"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("url")
+    parser.add_argument("--footage", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--clips", type=int, default=960)
+    parser.add_argument("--streaming", type=Path)
+    parser.add_argument("--energon", type=Path)
+    parser.add_argument("--hardware", default=f"cpu{os.cpu_count()}")
+    arguments = parser.parse_args()
+    peers = {
+        name: str(getattr(arguments, name) / "bin" / "python")
+        for name in ("streaming", "energon")
+        if getattr(arguments, name)
+    }
+    url = storage.join(arguments.url, f"loader-{int(time.time())}")
+    with tempfile.TemporaryDirectory() as work:
+        packing = prepare(url, arguments.footage, 2000, Path(work), peers)
+    try:
+        medians = measure(url, arguments.rounds, arguments.clips, peers)
+        text = report(packing, medians, ten_million(url), shared(url), arguments, peers)
+    finally:
+        storage.delete(url, recursive=True)
+    path = HERE / "results" / f"loader_{arguments.hardware}_{datetime.date.today()}.md"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
