@@ -40,6 +40,10 @@ WASTE = 0.045
 
 REQUEST_BYTES = 16 << 20
 REREADS = 2
+BLOCK = 512
+"""Bytes of a tar header."""
+NAME_BYTES = 100
+"""Bytes of the name in a tar header."""
 SUBSTITUTES = 100
 
 
@@ -403,10 +407,13 @@ class _Run:
         number = group[0].step.plan.step
         for want in group:
             record = records[want.index - first]
-            data = pieces.get(record["offset"], record["bytes"], record["crc"])
+            key = record["key"].decode()
+            data = pieces.get(key, record["offset"], record["bytes"], record["crc"])
             caption = None
             if self.loader.captions and record["caption_bytes"] and data is not None:
-                caption = pieces.get(record["caption_offset"], record["caption_bytes"], record["caption_crc"])
+                caption = pieces.get(
+                    key, record["caption_offset"], record["caption_bytes"], record["caption_crc"]
+                )
                 data = None if caption is None else data
             held = len(data or b"") + len(caption or b"")
             if self.closed:
@@ -500,10 +507,10 @@ class _Pieces:
         self.pieces.append((start, data))
         return data
 
-    def get(self, offset: int, count: int, crc: int) -> bytes | None:
+    def get(self, key: str, offset: int, count: int, crc: int) -> bytes | None:
         """A member's bytes, read again if their digest is wrong; None if it stays wrong.
 
-        Raises InputError if the whole shard is no longer the one that was indexed.
+        Raises InputError if the shard is no longer the one that was indexed: another size, or another clip there.
         """
         offset, count = int(offset), int(count)
         first, piece = next((f, p) for f, p in self.pieces if f <= offset and offset + count <= f + len(p))
@@ -517,11 +524,26 @@ class _Pieces:
             return data
         url, expected = self.dataset.shard_url(self.shard), int(self.dataset.shard_bytes[self.shard])
         if (found := storage.size(url)) != expected:
-            raise InputError(
-                f"shard {storage.redact(url)} has {found} bytes; its index says {expected}: dataset "
-                f"{self.dataset.name} changed under the run. Restore it, or index it again and start a new run"
-            )
+            what = f"has {found} bytes; its index says {expected}"
+        elif (name := _member_name(self.read(offset - BLOCK, offset))) is None:
+            what = f"has no member at byte {offset}; its index says {key}"
+        elif not (name.startswith(key) or len(name) == NAME_BYTES and key.startswith(name)):
+            what = f"has {name} at byte {offset}; its index says {key}"
+        else:
+            return None
+        raise InputError(
+            f"shard {storage.redact(url)} {what}: dataset {self.dataset.name} changed under the run. "
+            "Restore it, or index it again and start a new run"
+        )
+
+
+def _member_name(header: bytes) -> str | None:
+    """The name in a tar header, cut at 100 bytes where a header before it has the whole one; None if it is no header."""
+    if len(header) < BLOCK or header[257:262] != b"ustar":
         return None
+    name, prefix = (header[a:b].split(b"\0")[0].decode(errors="replace") for a, b in ((0, NAME_BYTES), (345, 500)))
+    is_posix = header[262:263] != b" "  # GNU's headers keep times where POSIX has the prefix
+    return (f"{prefix}/{name}" if prefix and is_posix else name).removeprefix("./")
 
 
 def coalesce(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -14,6 +14,14 @@ from pipelines.rules import Card, PackRules
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one file run in one process, and so do those that share a real service."""
+    for item in items:
+        folder = item.path.parent
+        item.add_marker(pytest.mark.xdist_group("real" if folder.name == "real" else str(item.path.relative_to(ROOT))))
+
+
 @pytest.fixture(scope="session")
 def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A packed dataset of procedural footage: 12 clips of 16 frames, 32x32, in two shards. Read it only."""

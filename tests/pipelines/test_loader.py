@@ -290,8 +290,26 @@ def test_a_missing_or_changed_shard_is_refused_by_name(dataset: Dataset, clips: 
     path.write_bytes(whole[:3000])
     with pytest.raises(InputError, match=r"shard-000001\.tar (has 3000 bytes|.*changed)"):
         trained([make(dataset)])
-    path.write_bytes(tar([(f"other-{i}.mp4", clips[(i * 3) % 10]) for i in range(9)]))
+    path.write_bytes(whole + bytes(10240))
+    broken = bytearray(whole)
+    for member in range(512, len(whole) - 512, 1024):
+        broken[member] ^= 1
+    path.write_bytes(broken + bytes(10240))
     with pytest.raises(InputError, match=r"shard-000001\.tar has \d+ bytes; .*small changed under the run"):
+        trained([make(dataset)])
+
+
+@pytest.mark.parametrize("names", [[f"other-{i}.mp4" for i in range(7)], [f"1-{i}.mp4" for i in reversed(range(7))]])
+def test_another_shard_of_the_same_size_is_refused_by_name(dataset: Dataset, clips: list[bytes], names: list) -> None:
+    path = Path(dataset.shard_url(1))
+    length = path.stat().st_size
+    path.write_bytes(tar([(name, clips[(7 + i) % 10][::-1]) for i, name in enumerate(names)]).ljust(length, b"\0"))
+    assert path.stat().st_size == length
+    message = r"shard-000001\.tar has (other|1)-\d\.mp4 at byte \d+; its index says 1-\d: dataset small changed under"
+    with pytest.raises(InputError, match=message):
+        trained([make(dataset)])
+    path.write_bytes(bytes(length))
+    with pytest.raises(InputError, match=r"has no member at byte \d+; its index says 1-\d: dataset small changed"):
         trained([make(dataset)])
 
 
