@@ -25,6 +25,7 @@ import torch.distributed as dist
 from pipelines import index, loader, storage
 from pipelines.contracts import derive
 from pipelines.faults import FaultBudget, InputError
+from trainer import adversary as adversaries
 from trainer import checkpoint
 from trainer.engine import Engine
 from trainer.heartbeat import STEP, Heartbeat
@@ -147,7 +148,9 @@ def _train(
             precision=manifest.precision, device=world.device, ema_decay=manifest.ema or None,
             timeout=manifest.failure.hang_seconds,
         )  # fmt: skip
-        if saved is None or saved.restore({"model": engine}, warn):
+        adversary = adversaries.enter(None, manifest, first, world.device)
+        kept = adversaries.engines(engine, adversary if adversaries.goes_on(manifest, first) else None)
+        if saved is None or saved.restore(kept, warn):
             break
     everyone = _everyone(world, telemetry.port)
     telemetry.event("start", from_step=first, world=world.size, workers=everyone, launch=launch)
@@ -177,6 +180,7 @@ def _train(
                 with ledger.span("startup" if step > first else ledger.cause):
                     if step > first:
                         engine.next_stage(stage, spec)
+                        adversary = adversaries.enter(adversary, manifest, step, world.device)
                     if stage.init_from is not None:
                         engine.load(checkpoint.load_weights(stage.init_from))
                 telemetry.event("stage", step=step, stage=stage.name)
@@ -187,12 +191,19 @@ def _train(
             began = time.monotonic()
             ledger.enter("productive" if step > first else ledger.cause)
             outputs = []
+            rival = adversary if adversary and adversary.plays(within) else None
             for i, batch in enumerate(batches):
-                batch = batch.to(world.device)
+                batch, last = batch.to(world.device), i == len(batches) - 1
                 output = recipe.step(engine.model, batch, stage, teachers)
-                engine.backward(output.loss * batch.weight, last=i == len(batches) - 1)
+                if rival:
+                    output = rival.judge(output, batch.weight)
+                engine.backward(output.loss * batch.weight, last=last)
+                if rival:
+                    output = rival.learn(output, batch.weight, last)
                 outputs.append((batch.weight, output))
             norm = engine.step(rate)
+            if rival and math.isfinite(norm) and not math.isfinite(rivals := rival.step(within)):
+                norm = rivals
             if not math.isfinite(norm):
                 raise InputError(_diverged(step, stage.name, norm, outputs, batches, saver.committed()))
             telemetry.trained(batches, time.monotonic() - began)
@@ -216,7 +227,8 @@ def _train(
                 heartbeat.at(step, "handing over a checkpoint")
                 with ledger.span("checkpoint"):
                     state = {"step": done, "stage": stage.name, "loader": clips.state_dict(done)}
-                    saver.save(done, {"model": engine}, {**state, "ledger": ledger.state(), "manifest": digest})
+                    engines = adversaries.engines(engine, adversary)
+                    saver.save(done, engines, {**state, "ledger": ledger.state(), "manifest": digest})
             saver.check()
             _note_commit(saver, ledger, telemetry)
             if wish.stop and done < schedule.steps:

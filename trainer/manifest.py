@@ -158,16 +158,23 @@ class RunManifest(_Part):
         """The stage's optimizer: its own fields, where there are none the manifest's, then the defaults."""
         return OptimizerSpec.model_validate({**self.optimizer.model_dump(), **stage.optimizer})
 
+    def adversary_optimizer_for(self, stage: Stage) -> OptimizerSpec:
+        """The discriminator's optimizer: its own fields, where there are none the stage's."""
+        own = stage.adversary.optimizer if stage.adversary else {}
+        return OptimizerSpec.model_validate({**self.optimizer_for(stage).model_dump(), **own})
+
     def resolved(self) -> dict[str, Any]:
         """The manifest with every default and stage spelled out, as plain data; loading it again gives the same run."""
         plain = self.model_dump(mode="json")
         plain["model"] = self.loaded_recipe.config.model_dump(mode="json")
         plain["clip"] = {}
-        plain["stages"] = {
-            stage.name: stage.model_dump(mode="json", exclude={"name"})
-            | {"optimizer": self.optimizer_for(stage).model_dump(mode="json")}
-            for stage in resolve_stages(self)
-        }
+        plain["stages"] = {}
+        for stage in resolve_stages(self):
+            said = stage.model_dump(mode="json", exclude={"name"})
+            said["optimizer"] = self.optimizer_for(stage).model_dump(mode="json")
+            if stage.adversary:
+                said["adversary"]["optimizer"] = self.adversary_optimizer_for(stage).model_dump(mode="json")
+            plain["stages"][stage.name] = said
         return plain
 
     def identity(self) -> dict[str, Any]:
@@ -275,11 +282,15 @@ def _recipe_faults(name: str, plain: Mapping[str, Any]) -> list[str]:
         change = said.get(stage.name) or {}
         if not isinstance(change, Mapping):
             continue
+        within = ""
         try:
             resolved = Stage.model_validate(_merge(_merge(stage.model_dump(), {"clip": clip}), change))
             OptimizerSpec.model_validate(resolved.optimizer)
+            if resolved.adversary:
+                within = "adversary."
+                OptimizerSpec.model_validate(resolved.adversary.optimizer)
         except ValidationError as error:
-            model, place = (Stage, "") if error.title == Stage.__name__ else (OptimizerSpec, "optimizer.")
+            model, place = (Stage, "") if error.title == Stage.__name__ else (OptimizerSpec, f"{within}optimizer.")
             faults += _explain(error, model, prefix=f"stages.{stage.name}.{place}")
     return faults
 
@@ -305,8 +316,11 @@ def _joint(manifest: RunManifest) -> list[str]:
             )
             break
     for stage in stages:
-        if stage.adversary:
-            faults.append(f"stages.{stage.name}.adversary: this version trains no adversary yet; leave it out")
+        if stage.steps:
+            try:
+                manifest.loaded_recipe.check(stage)
+            except InputError as error:
+                faults.append(f"stages.{stage.name}.{error}")
         for height, width in stage.clip.sizes:
             try:
                 manifest.loaded_recipe.latent(stage.clip.frames, height, width)

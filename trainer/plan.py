@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from pipelines import index, order
 from pipelines.faults import InputError
 from trainer import recipe as recipes
+from trainer.blocks.discriminator import PatchDiscriminator
 from trainer.manifest import RunManifest
 
 
@@ -30,9 +32,15 @@ def dry_run(manifest: RunManifest) -> dict[str, Any]:
     trained = max(
         sum(p.numel() for name, p in model.named_parameters() if stage.trains(name)) for stage in schedule.stages
     )
+    discriminator = _discriminator(manifest)
     return {
         "manifest": manifest.resolved(),
-        "parameters": {"counted": recipes.counted(parts), "total": total, "by_part": dict(parts)},
+        "parameters": {
+            "counted": recipes.counted(parts),
+            "total": total,
+            "by_part": dict(parts),
+            "adversary": discriminator,
+        },
         "latent": {
             "shape": {name: list(shape) for name, shape in latent.shapes.items()},
             "channels": latent.channels,
@@ -49,7 +57,7 @@ def dry_run(manifest: RunManifest) -> dict[str, Any]:
             ],
             "workers": [_shares(manifest, world) for world in worlds],
         },
-        "memory": [_memory(manifest, world, total, trained) for world in worlds],
+        "memory": [_memory(manifest, world, total, trained, discriminator) for world in worlds],
         "data": _stream(manifest),
     }
 
@@ -64,7 +72,15 @@ def _shares(manifest: RunManifest, world: int) -> dict[str, Any]:
     }
 
 
-def _memory(manifest: RunManifest, world: int, total: int, trained: int) -> dict[str, Any]:
+def _discriminator(manifest: RunManifest) -> int:
+    """Parameters of the greatest discriminator among the stages; 0 where there is none."""
+    specs = [stage.adversary.network for stage in manifest.schedule.stages if stage.adversary]
+    with torch.device("meta"):
+        nets = [PatchDiscriminator(spec.kind, spec.width, spec.layers, spec.norm) for spec in specs]
+    return max((sum(p.numel() for p in net.parameters()) for net in nets), default=0)
+
+
+def _memory(manifest: RunManifest, world: int, total: int, trained: int, discriminator: int) -> dict[str, Any]:
     zero, low = manifest.zero.stage, 2 if manifest.precision == "bf16" else 4
     weights = total * low // (world if zero >= 3 else 1)
     gradients = trained * low // (world if zero >= 2 else 1)
@@ -74,6 +90,9 @@ def _memory(manifest: RunManifest, world: int, total: int, trained: int) -> dict
         states["master_weights"] = trained * 4 // shard
     if manifest.ema:
         states["ema"] = trained * 4 // shard
+    if discriminator:
+        parts = _memory(manifest.model_copy(update={"ema": 0.0}), world, discriminator, discriminator, 0)
+        states["adversary"] = parts["model_states"]
     return {"workers": world, **states, "model_states": sum(states.values())}
 
 
@@ -98,6 +117,8 @@ def show(facts: dict[str, Any], console: Console) -> None:
         table.add_row(part, f"{count:,}")
     table.add_row("counted by the paper", f"{parameters['counted']:,}")
     table.add_row("total", f"{parameters['total']:,}")
+    if parameters["adversary"]:
+        table.add_row("discriminator, besides", f"{parameters['adversary']:,}")
     console.print(table)
     table = Table("stage", "steps", "batch", "clips", "frames", "size")
     for row in batch["stages"]:

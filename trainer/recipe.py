@@ -78,6 +78,12 @@ class Recipe(Protocol):
         """The published schedule for this configuration."""
         ...
 
+    def check(self, stage: Stage) -> None:
+        """Raises InputError, its text beginning with the stage's field, for what the recipe can't train: an unknown
+        loss or knob, an adversary where there is no reconstruction. Asked before anything is built.
+        """
+        ...
+
     def build(self, seed: int) -> nn.Module:
         """The trainable model, float32 on the CPU; its initial weights are a pure function of ``seed`` and of the files
         that the configuration names. Every parameter has a dimension at least: (1,), not ().

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipelines.contracts import BatchPlan, ClipRule, PositiveInt, Stream, derive
+from trainer.blocks.discriminator import Kind, Norm, least_side
+from trainer.losses.gan import GanLoss
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -40,13 +42,41 @@ class OptimizerSpec(BaseModel):
         return self.lr * (self.floor + (1 - self.floor) * share)
 
 
+class DiscriminatorSpec(BaseModel):
+    """The network of an adversary. It goes on training over a stage border where this is the same on both sides."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Kind = Field("patch-2d", description="PatchGAN over frames, or over the clip.")
+    width: Annotated[int, Field(ge=1, le=512)] = Field(64, description="Channels of the first convolution.")
+    layers: Annotated[int, Field(ge=1, le=6)] = Field(3, description="Convolutions of stride 2.")
+    norm: Norm = Field(
+        "group", description="`batch` depends on the micro-batch, and so on the number of workers; the others don't."
+    )
+
+
 class AdversaryStage(BaseModel):
-    """The adversary's part in a stage."""
+    """The adversary's part in a stage.
+
+    ``adaptive`` multiplies ``weight`` by the ratio of the gradients of reconstruction and adversarial loss at the
+    reconstruction, clamped to it (Esser et al. 2021, equation 7, at the reconstruction instead of the last layer): that
+    of the step before, which is the same at any number of workers. In its first step the generator has no such term.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     weight: float = Field(gt=0, description="Weight of the adversarial term in the generator's loss.")
     start: int = Field(0, ge=0, description="Step of the stage at which the adversary starts.")
+    network: DiscriminatorSpec = DiscriminatorSpec()
+    generator: GanLoss = Field("non-saturating", description="The generator's loss.")
+    discriminator: GanLoss = Field("hinge", description="The discriminator's loss.")
+    adaptive: Annotated[float, Field(gt=0)] | None = Field(None, description="Greatest ratio; null takes weight as is.")
+    lecam: float = Field(0.0, ge=0, description="Weight of LeCam's regularisation.")
+    lecam_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="Of its running means of logits.")
+    r1: float = Field(0.0, ge=0, description="Weight of half the squared gradient at real pixels.")
+    optimizer: Mapping[str, Any] = Field(
+        default_factory=dict, description="Fields that differ from the stage's; steps count from start."
+    )
 
 
 class Stage(BaseModel):
@@ -89,6 +119,19 @@ class Stage(BaseModel):
     def _consistent(self) -> Stage:
         if self.supervise and not 1 <= self.supervise[0] <= self.supervise[1] <= self.clip.frames:
             raise ValueError(f"supervise {list(self.supervise)} must lie within frames 1 to {self.clip.frames}")
+        if self.adversary and self.steps:
+            if self.adversary.start >= self.steps:
+                raise ValueError(
+                    f"adversary.start is {self.adversary.start} and the stage has {self.steps} steps: it would never "
+                    "start. Lower start, or set adversary: null"
+                )
+            kind, layers = self.adversary.network.kind, self.adversary.network.layers
+            least = least_side(kind, layers)
+            if small := [size for size in self.clip.sizes if min(size) < least]:
+                raise ValueError(
+                    f"adversary.network.layers is {layers}: a {kind} discriminator of so many needs frames of at least "
+                    f"{least} x {least} pixels, and the stage has {small[0][0]} x {small[0][1]}"
+                )
         return self
 
     def trains(self, parameter: str) -> bool:

@@ -12,11 +12,10 @@ from pipelines.contracts import Batch, BatchPlan, ClipRule, Source, generator
 from pipelines.faults import InputError
 from trainer.recipe import Recipe, counted, load
 from trainer.recipes import arvae
-from trainer.recipes.arvae import losses
 from trainer.recipes.arvae.config import ArvaeConfig, SpynetSpec
 from trainer.recipes.arvae.recipe import ArvaeRecipe
 from trainer.recipes.arvae.spynet import Spynet
-from trainer.stage import Stage
+from trainer.stage import AdversaryStage, Stage
 
 torch.set_num_threads(1)
 
@@ -474,13 +473,16 @@ def test_pictures_are_views_of_the_clip():
     assert (views["flow"][:, :, 0] == 1).all()
 
 
-def test_a_loss_that_is_not_there_is_refused():
+def test_what_a_stage_asks_for_in_vain_is_refused():
     recipe = recipe_of()
-    made, pixels = recipe.build(0)(footage(frames=3)), footage(frames=3)
-    with pytest.raises(InputError, match=r"stage frames-3: losses.kl is not known to arvae; it has mse, ssim, lpips"):
-        losses.terms(made, pixels, stage_of("frames-3", recipe, mse=1.0, kl=1.0), nn.ModuleDict())
-    with pytest.raises(InputError, match=r"losses.lpips is 0.5, and model.perceptual is null"):
-        losses.terms(made, pixels, stage_of("frames-3", recipe, lpips=0.5), nn.ModuleDict())
+    recipe.check(stage_of("frames-3", recipe, mse=1.0, lpips=0.0))
+    for change, message in (
+        ({"losses": {"mse": 1.0, "kl": 1.0}}, "losses.kl: not known to arvae; it has mse, ssim, lpips, warp"),
+        ({"losses": {"lpips": 0.5}}, "losses.lpips: 0.5, and model.perceptual is null"),
+        ({"losses": {"mse": 1.0}, "adversary": AdversaryStage(weight=1)}, "adversary: arvae trains without one"),
+    ):
+        with pytest.raises(InputError, match=message):
+            recipe.check(stage_of("frames-3", recipe).model_copy(update=change))
 
 
 def test_lpips_is_part_of_the_loss():

@@ -23,31 +23,34 @@ def supervised(stage: Stage, frames: int) -> tuple[int, int]:
     return min(first, frames), min(last, frames)
 
 
+def check(stage: Stage, *, perceptual: bool) -> None:
+    """Raises InputError where a term that has a weight in the stage is unknown, or is LPIPS without a network."""
+    weights = {name: weight for name, weight in stage.losses.items() if weight}
+    if unknown := sorted(set(weights) - set(TERMS)):
+        raise InputError(f"losses.{unknown[0]}: not known to arvae; it has {', '.join(TERMS)}", status=2)
+    if "lpips" in weights and not perceptual:
+        raise InputError(
+            f"losses.lpips: {weights['lpips']}, and model.perceptual is null. Name a backbone in model.perceptual, or "
+            "set losses.lpips to 0",
+            status=2,
+        )
+
+
 def terms(made: Reconstruction, pixels_B3THW: Tensor, stage: Stage, teachers: nn.ModuleDict) -> dict[str, Tensor]:
     """The unweighted terms that have a weight in the stage, each the mean over the supervised frames.
 
     ``warp`` is the MSE of the predecessor moved by the decoder's flow: it teaches the flow alone, and the paper's loss
-    has none of it. Raises InputError where LPIPS is weighted and the model has no LPIPS, or a term is unknown.
+    has none of it.
     """
     first, last = supervised(stage, pixels_B3THW.shape[2])
     target_B3THW, x_B3THW = pixels_B3THW[:, :, first - 1 : last], made.pixels_B3THW[:, :, first - 1 : last]
     weights = {name: weight for name, weight in stage.losses.items() if weight}
-    if unknown := sorted(set(weights) - set(TERMS)):
-        raise InputError(
-            f"stage {stage.name}: losses.{unknown[0]} is not known to arvae; it has {', '.join(TERMS)}", status=2
-        )
     found: dict[str, Tensor] = {}
     if "mse" in weights:
         found["mse"] = mse(x_B3THW, target_B3THW)
     if "ssim" in weights:
         found["ssim"] = ssim_loss(x_B3THW, target_B3THW)
     if "lpips" in weights:
-        if "lpips" not in teachers:
-            raise InputError(
-                f"stage {stage.name}: losses.lpips is {weights['lpips']}, and model.perceptual is null. "
-                "Name a backbone in model.perceptual, or set losses.lpips to 0.",
-                status=2,
-            )
         found["lpips"] = teachers["lpips"](x_B3THW, target_B3THW).mean()
     if "warp" in weights and made.warped_B3THW is not None:
         begin = max(first, 2)

@@ -44,6 +44,12 @@ class ArvaeRecipe:
         """The published schedule for this configuration."""
         return stages.stages(self.config)
 
+    def check(self, stage: Stage) -> None:
+        """Raises InputError for losses that there are not, and for an adversary: the paper has none."""
+        losses.check(stage, perceptual=self.config.perceptual is not None)
+        if stage.adversary:
+            raise InputError("adversary: arvae trains without one; set it to null", status=2)
+
     def build(self, seed: int) -> nn.Module:
         """The model, float32 on the CPU; its initial weights are a pure function of ``seed``."""
         with torch.random.fork_rng(devices=[]):
