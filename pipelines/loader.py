@@ -411,9 +411,7 @@ class _Run:
             data = pieces.get(key, record["offset"], record["bytes"], record["crc"])
             caption = None
             if self.loader.captions and record["caption_bytes"] and data is not None:
-                caption = pieces.get(
-                    key, record["caption_offset"], record["caption_bytes"], record["caption_crc"]
-                )
+                caption = pieces.get(key, record["caption_offset"], record["caption_bytes"], record["caption_crc"])
                 data = None if caption is None else data
             held = len(data or b"") + len(caption or b"")
             if self.closed:
@@ -527,7 +525,7 @@ class _Pieces:
             what = f"has {found} bytes; its index says {expected}"
         elif (name := _member_name(self.read(offset - BLOCK, offset))) is None:
             what = f"has no member at byte {offset}; its index says {key}"
-        elif not (name.startswith(key) or len(name) == NAME_BYTES and key.startswith(name)):
+        elif not (name.startswith(key) or (len(name) == NAME_BYTES and key.startswith(name))):
             what = f"has {name} at byte {offset}; its index says {key}"
         else:
             return None
@@ -538,7 +536,7 @@ class _Pieces:
 
 
 def _member_name(header: bytes) -> str | None:
-    """The name in a tar header, cut at 100 bytes where a header before it has the whole one; None if it is no header."""
+    """The name in a tar header, cut at 100 bytes where the whole one stands before it; None if it is no header."""
     if len(header) < BLOCK or header[257:262] != b"ustar":
         return None
     name, prefix = (header[a:b].split(b"\0")[0].decode(errors="replace") for a, b in ((0, NAME_BYTES), (345, 500)))
