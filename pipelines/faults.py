@@ -7,9 +7,10 @@ Anything else   is our fault and keeps its traceback.
 
 from __future__ import annotations
 
+import difflib
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 
 class InputError(Exception):
@@ -21,6 +22,12 @@ class InputError(Exception):
     def __init__(self, message: str, *, status: int = 1) -> None:
         super().__init__(message)
         self.status = status
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` with the closest of the known names, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 class Skip(Exception):

@@ -6,7 +6,6 @@ step counts; architecture and the order of stages belong to the recipe.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
@@ -19,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pipelines.contracts import PositiveInt
-from pipelines.faults import InputError
+from pipelines.faults import InputError, near
 from trainer import recipe as recipes
 from trainer.stage import OptimizerSpec, Schedule, Stage
 
@@ -260,7 +259,7 @@ def _recipe_faults(name: str, plain: Mapping[str, Any]) -> list[str]:
     try:
         kind = recipes.load(name)
     except InputError as error:
-        return [f"recipe: {error}{_near(name, recipes.names())}"]
+        return [f"recipe: {error}{near(name, recipes.names())}"]
     faults: list[str] = []
     try:
         config = kind.Config.model_validate(plain.get("model") or {})
@@ -317,10 +316,7 @@ def _joint(manifest: RunManifest) -> list[str]:
             break
     for stage in stages:
         if stage.steps:
-            try:
-                manifest.loaded_recipe.check(stage)
-            except InputError as error:
-                faults.append(f"stages.{stage.name}.{error}")
+            faults += [f"stages.{stage.name}.{line}" for line in manifest.loaded_recipe.check(stage)]
         for height, width in stage.clip.sizes:
             try:
                 manifest.loaded_recipe.latent(stage.clip.frames, height, width)
@@ -483,12 +479,7 @@ def _line(path: list[str], fault: Any, model: type[BaseModel], prefix: str) -> s
 
 
 def _unknown(place: str, name: str, known: Sequence[str], what: str) -> str:
-    return f"{place}: no such field{_near(name, known)} ({what} {', '.join(sorted(set(known)))})"
-
-
-def _near(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"{place}: no such field{near(name, known)} ({what} {', '.join(sorted(set(known)))})"
 
 
 def _fields_at(model: type[BaseModel], loc: Sequence[int | str]) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from pipelines.contracts import Batch
-from pipelines.faults import InputError
+from pipelines.faults import InputError, near
 from trainer.stage import Stage
 
 Latent = Mapping[str, Tensor]
@@ -78,9 +78,10 @@ class Recipe(Protocol):
         """The published schedule for this configuration."""
         ...
 
-    def check(self, stage: Stage) -> None:
-        """Raises InputError, its text beginning with the stage's field, for what the recipe can't train: an unknown
-        loss or knob, an adversary where there is no reconstruction. Asked before anything is built.
+    def check(self, stage: Stage) -> Iterable[str]:
+        """What of a stage this recipe can't train, each as ``field: value: reason. Remedy``; none where it can.
+
+        Asked for every stage with steps when a manifest is judged. :func:`unknown_names` does the common part.
         """
         ...
 
@@ -131,6 +132,15 @@ class Recipe(Protocol):
     def pictures(self, model: nn.Module, pixels_BCTHW: Tensor) -> Mapping[str, Tensor]:
         """Reconstruction and views worth seeing (flow, residual), each (B, 3, T, H, W) in [-1, 1]."""
         ...
+
+
+def unknown_names(stage: Stage, *, losses: Collection[str], knobs: Collection[str] = ()) -> Iterator[str]:
+    """Faults for the stage's loss terms and knobs that are not among those of the recipe, with the nearest name."""
+    for field_, given, known in (("losses", stage.losses, losses), ("knobs", stage.knobs, knobs)):
+        for name in given:
+            if name not in known:
+                have = f"this recipe has {', '.join(sorted(known))}" if known else "this recipe has none"
+                yield f"{field_}.{name}: {given[name]!r}: no such name{near(name, known)} ({have})"
 
 
 def names() -> list[str]:

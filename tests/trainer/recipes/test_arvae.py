@@ -473,16 +473,25 @@ def test_pictures_are_views_of_the_clip():
     assert (views["flow"][:, :, 0] == 1).all()
 
 
-def test_what_a_stage_asks_for_in_vain_is_refused():
+def test_what_a_stage_asks_in_vain_is_refused_before_training():
     recipe = recipe_of()
-    recipe.check(stage_of("frames-3", recipe, mse=1.0, lpips=0.0))
-    for change, message in (
-        ({"losses": {"mse": 1.0, "kl": 1.0}}, "losses.kl: not known to arvae; it has mse, ssim, lpips, warp"),
-        ({"losses": {"lpips": 0.5}}, "losses.lpips: 0.5, and model.perceptual is null"),
-        ({"losses": {"mse": 1.0}, "adversary": AdversaryStage(weight=1)}, "adversary: arvae trains without one"),
-    ):
-        with pytest.raises(InputError, match=message):
-            recipe.check(stage_of("frames-3", recipe).model_copy(update=change))
+    first, later = recipe.stages()[:2]
+    assert list(recipe_of(perceptual={"backbone": "vgg"}).check(later)) == []
+    changed = later.model_copy(
+        update={
+            "losses": {"mse": 1.0, "sssim": 1.0, "lpips": 0.5},
+            "knobs": {"latents": "both"},
+            "image_share": 0.2,
+            "adversary": AdversaryStage(weight=0.5),
+        }
+    )
+    told = list(recipe.check(changed))
+    assert [line.partition(": ")[0] for line in told] == [
+        "losses.sssim", "knobs.latents", "losses.lpips", "image_share", "adversary",
+    ]  # fmt: skip
+    assert "did you mean 'ssim'?" in told[0] and "this recipe has none" in told[1]
+    assert "model.perceptual is null" in told[2] and "give images to stage first-frame" in told[3]
+    assert list(recipe.check(first.model_copy(update={"image_share": 0.5, "losses": {"mse": 1.0}}))) == []
 
 
 def test_lpips_is_part_of_the_loss():

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from pipelines.faults import InputError
 from trainer.losses import mse, ssim_loss
 from trainer.recipes.arvae.model import Reconstruction
 from trainer.stage import Stage
@@ -21,19 +20,6 @@ def supervised(stage: Stage, frames: int) -> tuple[int, int]:
     """First and last supervised frame, counted from 1, of a clip of that many."""
     first, last = stage.supervise or (1, frames)
     return min(first, frames), min(last, frames)
-
-
-def check(stage: Stage, *, perceptual: bool) -> None:
-    """Raises InputError where a term that has a weight in the stage is unknown, or is LPIPS without a network."""
-    weights = {name: weight for name, weight in stage.losses.items() if weight}
-    if unknown := sorted(set(weights) - set(TERMS)):
-        raise InputError(f"losses.{unknown[0]}: not known to arvae; it has {', '.join(TERMS)}", status=2)
-    if "lpips" in weights and not perceptual:
-        raise InputError(
-            f"losses.lpips: {weights['lpips']}, and model.perceptual is null. Name a backbone in model.perceptual, or "
-            "set losses.lpips to 0",
-            status=2,
-        )
 
 
 def terms(made: Reconstruction, pixels_B3THW: Tensor, stage: Stage, teachers: nn.ModuleDict) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from pipelines.contracts import Batch, derive
 from pipelines.faults import InputError
 from trainer.losses import Perceptual
 from trainer.pictures import flow_to_rgb
-from trainer.recipe import Latent, LatentSpec, StepOutput
+from trainer.recipe import Latent, LatentSpec, StepOutput, unknown_names
 from trainer.recipes.arvae import first_frame, losses, stages
 from trainer.recipes.arvae.config import ArvaeConfig
 from trainer.recipes.arvae.model import Arvae
@@ -44,11 +44,22 @@ class ArvaeRecipe:
         """The published schedule for this configuration."""
         return stages.stages(self.config)
 
-    def check(self, stage: Stage) -> None:
-        """Raises InputError for losses that there are not, and for an adversary: the paper has none."""
-        losses.check(stage, perceptual=self.config.perceptual is not None)
+    def check(self, stage: Stage) -> Iterator[str]:
+        """Terms that equation 4 lacks, LPIPS without a backbone, images where no first frame is trained."""
+        yield from unknown_names(stage, losses=losses.TERMS)
+        weight = stage.losses.get("lpips")
+        if weight and self.config.perceptual is None:
+            yield (
+                f"losses.lpips: {weight}: model.perceptual is null. "
+                "Name a backbone in model.perceptual, or set losses.lpips to 0"
+            )
+        if stage.image_share and not stage.trains("first_frame."):
+            yield (
+                f"image_share: {stage.image_share}: an image is a first frame, and this stage trains no first_frame. "
+                "Set it to 0, or give images to stage first-frame"
+            )
         if stage.adversary:
-            raise InputError("adversary: arvae trains without one; set it to null", status=2)
+            yield "adversary: arvae's loss, equation 4, has none. Leave it out"
 
     def build(self, seed: int) -> nn.Module:
         """The model, float32 on the CPU; its initial weights are a pure function of ``seed``."""
