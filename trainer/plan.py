@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipelines import index, order
+from pipelines.contracts import Batch, Source
 from pipelines.faults import InputError
 from trainer import recipe as recipes
 from trainer.blocks.discriminator import PatchDiscriminator
@@ -19,7 +23,8 @@ def dry_run(manifest: RunManifest) -> dict[str, Any]:
     """One object with ``manifest`` (resolved), ``parameters``, ``latent``, ``batch``, ``memory`` and ``data``.
 
     Memory is in bytes for one rank by part, at the fewest and the most workers: model states follow from ZeRO's
-    partitioning; activations of the largest stage are those that one clip's graph keeps, counted on this machine.
+    partitioning, activations are what the graph of the largest stage keeps for a micro-batch (None, with the reason
+    in ``why``, where a frozen network's weights are out of reach from here). Buffers of libraries come on top.
     """
     recipe, schedule = manifest.loaded_recipe, manifest.schedule
     model = recipe.build(manifest.seed)
@@ -33,6 +38,8 @@ def dry_run(manifest: RunManifest) -> dict[str, Any]:
         sum(p.numel() for name, p in model.named_parameters() if stage.trains(name)) for stage in schedule.stages
     )
     discriminator = _discriminator(manifest)
+    shares = [_shares(manifest, world) for world in worlds]
+    kept, why = _activations(manifest, model)
     return {
         "manifest": manifest.resolved(),
         "parameters": {
@@ -55,9 +62,16 @@ def dry_run(manifest: RunManifest) -> dict[str, Any]:
                 {"name": s.name, "steps": s.steps, "batch": b, "clips": s.steps * b}
                 for s, b in zip(schedule.stages, schedule.batches, strict=True)
             ],
-            "workers": [_shares(manifest, world) for world in worlds],
+            "workers": shares,
         },
-        "memory": [_memory(manifest, world, total, trained, discriminator) for world in worlds],
+        "memory": [
+            {
+                **_memory(manifest, share["workers"], total, trained, discriminator),
+                "activations": kept and round(kept * share["micro_batch"]),
+                **({"why": why} if why else {}),
+            }
+            for share in shares
+        ],
         "data": _stream(manifest),
     }
 
@@ -81,19 +95,64 @@ def _discriminator(manifest: RunManifest) -> int:
 
 
 def _memory(manifest: RunManifest, world: int, total: int, trained: int, discriminator: int) -> dict[str, Any]:
-    zero, low = manifest.zero.stage, 2 if manifest.precision == "bf16" else 4
-    weights = total * low // (world if zero >= 3 else 1)
-    gradients = trained * low // (world if zero >= 2 else 1)
+    zero = manifest.zero.stage
     shard = world if zero >= 1 else 1
-    states = {"weights": weights, "gradients": gradients, "optimizer": trained * 8 // shard}
-    if zero >= 1 or low == 2:
-        states["master_weights"] = trained * 4 // shard
+    states = {
+        "weights": total * 4 // (world if zero >= 3 else 1),
+        "gradients": trained * 4 // (world if zero >= 2 else 1),
+        "optimizer": trained * 8 // shard,
+    }
+    if zero >= 1:
+        states["partition"] = trained * 4 // shard
     if manifest.ema:
         states["ema"] = trained * 4 // shard
     if discriminator:
         parts = _memory(manifest.model_copy(update={"ema": 0.0}), world, discriminator, discriminator, 0)
         states["adversary"] = parts["model_states"]
     return {"workers": world, **states, "model_states": sum(states.values())}
+
+
+def _activations(manifest: RunManifest, model: nn.Module) -> tuple[float | None, str | None]:
+    """Bytes that autograd keeps for one clip in the stage that keeps most, and why that can't be told.
+
+    Counted on a forward pass of tensors without data (torch's FakeTensorMode), so that it takes no memory.
+    """
+    recipe, schedule = manifest.loaded_recipe, manifest.schedule
+    try:
+        teachers = recipe.teachers()
+    except InputError as error:
+        return None, str(error)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    for module in (*model.modules(), *teachers.modules()):
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                module._parameters[name] = nn.Parameter(mode.from_tensor(weight.detach()), requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = mode.from_tensor(buffer)
+    state = {weight.untyped_storage()._cdata for net in (model, teachers) for weight in net.state_dict().values()}
+    most = 0.0
+    for stage, step in zip(schedule.stages, schedule.first_steps, strict=True):
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(stage.trains(name))
+        plan = schedule.plan(step)
+        kept: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
+            if tensor.untyped_storage()._cdata not in state:
+                kept[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        with mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            batch = Batch(
+                pixels_BCTHW=torch.zeros(1, 3, plan.rule.frames, *max(stage.clip.sizes, key=math.prod)),
+                fps_B=torch.ones(1), motion_B=torch.zeros(1), places=(0,), sources=(Source("", "", ""),),
+                plan=plan, weight=1.0, seed=manifest.seed,
+            )  # fmt: skip
+            with torch.autocast("cpu", torch.bfloat16, enabled=manifest.precision == "bf16"):
+                recipe.step(model, batch, stage, teachers)
+        most = max(most, sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
+    return most, None
 
 
 def _stream(manifest: RunManifest) -> dict[str, Any]:
@@ -128,12 +187,15 @@ def show(facts: dict[str, Any], console: Console) -> None:
             row["name"], f"{row['steps']:,}", str(row["batch"]), f"{row['clips']:,}", str(rule["frames"]), sizes
         )
     console.print(table)
-    table = Table("workers", "clips a rank", "micro-batches", "model states a rank")
+    table = Table("workers", "clips a rank", "micro-batches", "model states a rank", "activations")
     for share, memory in zip(batch["workers"], facts["memory"], strict=True):
         clips = sorted(set(share["clips_per_rank"]))
         states = f"{memory['model_states'] / 2**20:,.1f} MiB"
-        table.add_row(str(share["workers"]), " or ".join(map(str, clips)), str(share["micro_batches"]), states)
+        kept = f"{memory['activations'] / 2**20:,.1f} MiB" if memory["activations"] is not None else "not known"
+        table.add_row(str(share["workers"]), " or ".join(map(str, clips)), str(share["micro_batches"]), states, kept)
     console.print(table)
+    if why := facts["memory"][0].get("why"):
+        console.print(f"activations are not known from here: {why}")
     shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in latent["shape"].items())
     console.print(f"latent of a {'x'.join(map(str, latent['clip']))} clip: {shapes}; "
                   f"{latent['numbers_per_frame']:,.0f} numbers a frame")  # fmt: skip
