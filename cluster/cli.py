@@ -94,7 +94,7 @@ def _run(name: str, runs: str) -> tuple[str, str, str]:
     parent, slash, last = name.rstrip("/").rpartition("/")
     if slash:
         runs, name = parent or "/", last
-    if not manifests.NAME.match(name):
+    if not manifests.NAME.fullmatch(name):
         raise InputError(f"{name!r} is no run's name; `moviola list` shows the runs that there are", status=2)
     return runs, name, folder.url_of(runs, name)
 

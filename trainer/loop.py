@@ -29,13 +29,11 @@ from trainer import adversary as adversaries
 from trainer import checkpoint
 from trainer.engine import Engine
 from trainer.heartbeat import STEP, Heartbeat
-from trainer.manifest import RunManifest
+from trainer.manifest import LEAVE_SECONDS, RunManifest
 from trainer.signals import Signals
 from trainer.telemetry import Ledger, Telemetry, read_lines
 
 Outcome = Literal["done", "stopped"]
-LEAVE_SECONDS = 3.0
-"""Spare time before a preemption's deadline, beside twice a step and twice a checkpoint."""
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,17 @@ step counts; architecture and the order of stages belong to the recipe.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipelines.contracts import PositiveInt
 from pipelines.faults import InputError, near
@@ -23,7 +24,14 @@ from trainer import recipe as recipes
 from trainer.stage import OptimizerSpec, Schedule, Stage
 
 MAX_BYTES = 1 << 20
-NAME = re.compile(r"^[a-z0-9]([a-z0-9-]{0,46}[a-z0-9])?$")
+LEAVE_SECONDS = 3.0
+"""Spare time before a preemption's deadline, beside twice a step and twice a checkpoint."""
+NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
+"""A run's name. KubeRay takes DNS labels (RFC 1035) of 47 characters, seven of them the launch's; Ray's submission ids,
+Prometheus's label values and S3's keys take all of these."""
+GREATEST_BATCH, GREATEST_WORKERS = 1 << 20, 1 << 14
+DnsLabel = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$")]
+DnsName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
 Seconds = Annotated[float, Field(gt=0)]
 
 
@@ -69,12 +77,15 @@ class ZeroSpec(_Part):
     stage: Literal[0, 1, 2, 3] = 1
 
 
+WorkerCount = Annotated[int, Field(gt=0, le=GREATEST_WORKERS)]
+
+
 class WorkerSpec(_Part):
     """The worker group. ``count`` is a number, or [least, greatest] for an elastic run."""
 
-    count: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
-    gpus: Annotated[float, Field(ge=0)] = Field(0, description="GPUs of one worker; 0 trains on CPU.")
-    cpus: Annotated[float, Field(gt=0)] = 1
+    count: WorkerCount | tuple[WorkerCount, WorkerCount] = Field(1, description="Workers, or [least, greatest].")
+    gpus: Annotated[float, Field(ge=0, le=64)] = Field(0, description="GPUs of one worker; 0 trains on CPU.")
+    cpus: Annotated[float, Field(gt=0, le=1024)] = Field(1, description="CPU cores of one worker.")
 
     @property
     def least(self) -> int:
@@ -113,6 +124,44 @@ class TelemetrySpec(_Part):
     tensorboard: bool = True
 
 
+class Toleration(_Part):
+    """A taint that worker pods tolerate, as in a pod's specification."""
+
+    key: str | None = Field(None, max_length=316, description="The taint's key; None tolerates every key.")
+    operator: Literal["Exists", "Equal"] = "Exists"
+    value: str | None = Field(None, max_length=63, description="The taint's value; for Equal.")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Toleration:
+        if self.operator == "Exists" and self.value is not None:
+            raise ValueError("value belongs to operator: Equal")
+        if self.operator == "Equal" and self.key is None:
+            raise ValueError("operator: Equal needs a key")
+        return self
+
+
+class KubernetesSpec(_Part):
+    """What only a RayJob needs. A head pod, which trains nothing, and pods of ``workers_per_pod`` workers each."""
+
+    image: str = Field(
+        max_length=512, pattern=r"^[a-z0-9][\w./:@-]*$", description="The image of this repository's Dockerfile."
+    )
+    namespace: DnsLabel = "default"
+    queue: DnsLabel | None = Field(None, description="Kueue's LocalQueue, which starts the job when there is room.")
+    spot: bool = Field(True, description="Worker pods may run on spot nodes; the head never does.")
+    tolerations: tuple[Toleration, ...] = Field((), description="Further taints that worker pods tolerate.")
+    node_selector: Mapping[str, str] = Field(default_factory=dict, description="Labels of the workers' nodes.")
+    service_account: DnsName | None = Field(None, description="For access to storage without keys.")
+    secrets: tuple[DnsName, ...] = Field((), description="Secrets whose keys become environment variables.")
+    workers_per_pod: PositiveInt = Field(1, le=64, description="Workers that share a pod: the GPUs of a machine.")
+    memory_gb: PositiveInt = Field(16, le=1 << 14, description="Memory of a worker pod, GiB.")
+    disk_gb: PositiveInt = Field(20, le=1 << 16, description="Scratch disk of a pod, GiB.")
+    retries: Annotated[int, Field(ge=0, le=100)] = Field(
+        2, description="New clusters after one that was lost with its head; the run goes on from its last commit."
+    )
+
+
 class RunManifest(_Part):
     """One run, validated. ``stages`` holds what differs from the recipe's published stages, by stage name."""
 
@@ -120,7 +169,9 @@ class RunManifest(_Part):
     recipe: str
     model: Mapping[str, Any] = Field(default_factory=dict, description="The recipe's configuration.")
     data: DataSpec
-    batch: PositiveInt = Field(description="Global batch; micro-batch and accumulation follow from the world size.")
+    batch: PositiveInt = Field(
+        le=GREATEST_BATCH, description="Global batch; micro-batch and accumulation follow from the world size."
+    )
     micro_batch: PositiveInt | None = Field(None, description="Most clips of one forward pass of one rank.")
     precision: Literal["fp32", "bf16"] = "bf16"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -133,13 +184,16 @@ class RunManifest(_Part):
     checkpoint: CheckpointSpec = CheckpointSpec()
     failure: FailureSpec = FailureSpec()
     telemetry: TelemetrySpec = TelemetrySpec()
+    kubernetes: KubernetesSpec | None = Field(None, description="What `submit --cluster kubernetes` needs beside this.")
     trace: bool = Field(False, description="Write every clip's place and key to trace/*.jsonl.")
 
     @field_validator("name")
     @classmethod
     def _name(cls, name: str) -> str:
-        if not NAME.match(name):
-            raise ValueError("use 1 to 48 small letters, digits and inner hyphens: it names pods, labels and folders")
+        if not NAME.fullmatch(name):
+            raise ValueError(
+                "use 1 to 40 small letters, digits and inner hyphens, a letter first: it names pods, labels and folders"
+            )
         return name
 
     @cached_property
@@ -322,14 +376,81 @@ def _joint(manifest: RunManifest) -> list[str]:
                 manifest.loaded_recipe.latent(stage.clip.frames, height, width)
             except InputError as error:
                 faults.append(f"stages.{stage.name}.clip.sizes: {error}")
+    if manifest.failure.grace_seconds <= LEAVE_SECONDS:
+        faults.append(
+            f"failure.grace_seconds: {manifest.failure.grace_seconds:g}: a run leaves {LEAVE_SECONDS:g} s before the "
+            "end of the notice, so there is no time to commit. Raise it to the notice that your machines give"
+        )
+    if manifest.kubernetes is not None:
+        faults += _kubernetes(manifest, manifest.kubernetes)
     trained = {ref.dataset.rstrip("/") for ref in (*manifest.data.train, *manifest.data.images)}
     if manifest.data.eval and manifest.data.eval.rstrip("/") in trained:
         faults.append(f"data.eval: {manifest.data.eval} is also trained on; hold other videos back")
     return faults
 
 
+def _kubernetes(manifest: RunManifest, spec: KubernetesSpec) -> Iterator[str]:
+    """Pods that can't be made of the workers that were asked for."""
+    workers, each = manifest.workers, spec.workers_per_pod
+    uneven = [count for count in sorted({workers.least, workers.greatest}) if count % each]
+    if uneven:
+        yield (
+            f"kubernetes.workers_per_pod: {each}: workers.count {uneven[0]} is no multiple of it. "
+            f"Pods are whole: use {uneven[0] // each * each or each} workers, or another workers_per_pod"
+        )
+    if workers.gpus * each % 1:
+        yield (
+            f"workers.gpus: {workers.gpus:g}: a pod of {each} would have {workers.gpus * each:g} GPUs, and Kubernetes "
+            "gives whole ones. Use whole GPUs, or a workers_per_pod that makes them whole"
+        )
+    if spec.queue is not None and workers.least != workers.greatest:
+        yield (
+            f"kubernetes.queue: {spec.queue!r}: Kueue admits a fixed number of pods, and workers.count is "
+            f"{list(_pair(workers.count))}. Give one number, or leave the queue out"
+        )
+
+
 def _pair(count: int | tuple[int, int]) -> tuple[int, int]:
     return (count, count) if isinstance(count, int) else count
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of a manifest, with every recipe's ``model``: what editors complete and check with.
+
+    It is wider than :func:`validate`: what only shows jointly is not in it.
+    """
+    stage = Stage.model_json_schema(ref_template="#/$defs/{model}")
+    definitions = {**stage.pop("$defs"), "Stage": stage}
+    for definition in definitions.values():  # a manifest says what differs from the published stage
+        definition.pop("required", None)
+    for name in ("Stage", "AdversaryStage"):
+        definitions[name]["properties"]["optimizer"] = {"$ref": "#/$defs/OptimizerSpec"}
+    del stage["properties"]["name"]
+    whole = RunManifest.model_json_schema()
+    fields = whole["properties"]
+    whole["$defs"] |= definitions
+    ref = {"anyOf": [{"type": "string", "minLength": 1}, {"$ref": "#/$defs/DatasetRef"}]}
+    for name in ("train", "images"):
+        several = whole["$defs"]["DataSpec"]["properties"][name]
+        several |= {"anyOf": [*ref["anyOf"], {"type": several.pop("type"), "items": ref}]}
+        del several["items"]
+    stages = {"type": "object", "additionalProperties": {"$ref": "#/$defs/Stage"}}
+    fields["clip"] |= {"$ref": "#/$defs/ClipRule"}
+    fields["stages"] |= stages
+    fields["name"]["pattern"] = f"^{NAME.pattern}$"
+    fields["recipe"]["enum"] = recipes.names()
+    whole["allOf"] = []
+    for name in recipes.names():
+        kind = recipes.load(name)
+        model = kind.Config.model_json_schema(ref_template=f"#/$defs/{name}.{{model}}")
+        whole["$defs"] |= {f"{name}.{key}": value for key, value in model.pop("$defs", {}).items()}
+        whole["$defs"][name] = model
+        then: dict[str, Any] = {"model": {"$ref": f"#/$defs/{name}"}}
+        with contextlib.suppress(ValidationError):
+            published = kind(kind.Config()).stages()
+            then["stages"] = {"properties": {stage.name: {"$ref": "#/$defs/Stage"} for stage in published}}
+        whole["allOf"].append({"if": {"properties": {"recipe": {"const": name}}}, "then": {"properties": then}})
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole}
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterable[str]:

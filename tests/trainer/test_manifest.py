@@ -1,5 +1,10 @@
 """A manifest is judged as a whole: every fault at once, with its field, value, reason and remedy."""
 
+import json
+import re
+from pathlib import Path
+
+import jsonschema
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -65,7 +70,7 @@ def test_all_faults_in_one_go_with_the_nearest_name():
         "data.train.0.wieght: no such field; did you mean 'weight'?",
         'data.workers: "many"',
         "zero.stage: 7",
-        'name: "Bad Name": use 1 to 48 small letters',
+        'name: "Bad Name": use 1 to 40 small letters',
         "model.down: 9",
         "model.motion_chanels: no such field; did you mean 'motion_channels'?",
     ):
@@ -93,6 +98,60 @@ def test_unknown_stage_and_recipe_name_what_there_is():
     assert "every stage has 0 steps" in _faults(
         _with(stages={name: {"steps": 0} for name in ("first-frame", "frames-3", "frames-5", "frames-7")})
     )
+
+
+def test_faults_of_a_stage_that_its_recipe_can_not_train():
+    text = _faults(
+        _with(stages={"frames-3": {"losses": {"sim": 1}, "knobs": {"x": 1}}, "frames-5": {"image_share": 0.5}})
+    )
+    assert "stages.frames-3.losses.sim: 1.0: no such name; did you mean 'ssim'?" in text
+    assert "stages.frames-3.knobs.x: 1: no such name (this recipe has none)" in text
+    assert "stages.frames-5.image_share: 0.5: an image is a first frame" in text
+
+
+def test_pods_that_can_not_be_made():
+    kubernetes = {"image": "registry/moviola:1", "workers_per_pod": 2, "queue": "video"}
+    text = _faults(_with(workers={"count": [1, 4], "gpus": 0.25}, kubernetes=kubernetes, failure={"grace_seconds": 2}))
+    assert "kubernetes.workers_per_pod: 2: workers.count 1 is no multiple of it" in text
+    assert "workers.gpus: 0.25: a pod of 2 would have 0.5 GPUs" in text
+    assert "kubernetes.queue: 'video': Kueue admits a fixed number of pods, and workers.count is [1, 4]" in text
+    assert "failure.grace_seconds: 2: a run leaves 3 s before the end of the notice" in text
+    assert "4 faults" in text
+    manifests.validate(_with(workers={"count": 4, "gpus": 0.5}, kubernetes=kubernetes), "m")
+    text = _faults(_with(kubernetes={"image": "a b", "secrets": ["A_B"], "tolerations": [{"operator": "Equal"}]}))
+    assert "kubernetes.image" in text and "kubernetes.secrets.0" in text and "operator: Equal needs a key" in text
+
+
+@given(st.from_regex(manifests.NAME, fullmatch=True))
+def test_a_name_is_valid_for_kubernetes_ray_prometheus_and_s3(name):
+    """RFC 1035 labels of KubeRay's RayJob with the launch's suffix, RFC 1123 labels, S3's safe characters."""
+    assert manifests.validate(_with(name=name), "m").name == name
+    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", f"{name}-0a1b2c") and len(f"{name}-0a1b2c") <= 47
+    assert re.fullmatch(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?", name)
+    assert re.fullmatch(r"[\w!.*'()-]+", name, re.ASCII)
+
+
+@pytest.mark.parametrize("name", ["", "A", "1a", "a-", "-a", "a_b", "a.b", "a/b", "..", "a\n", "ä", "a" * 41])
+def test_names_that_are_refused(name):
+    assert "use 1 to 40 small letters" in _faults(_with(name=name))
+
+
+def test_the_schema_takes_every_manifest_and_refuses_what_no_manifest_has():
+    schema = manifests.schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    judge = jsonschema.Draft202012Validator(schema)
+    found = sorted((Path(__file__).parents[2] / "manifests").glob("*.yaml"))
+    assert len(found) > 5
+    for path in found:
+        run = manifests.load(path)
+        for plain in (yaml.safe_load(path.read_text()), json.loads(json.dumps(run.resolved()))):
+            assert [error.message for error in judge.iter_errors(plain)] == [], path
+    wrong = _with(
+        bacth=1, model={"dwn": 8}, stages={"frames-3": {"stepps": 1, "clip": {"frame": 3}}}, zero={"stage": 7}
+    )
+    told = " ".join(error.message for error in judge.iter_errors(wrong))
+    assert all(word in told for word in ("bacth", "dwn", "stepps", "frame", "7"))
+    assert {error.message for error in judge.iter_errors(_with(name="A"))}
 
 
 @pytest.mark.parametrize(
