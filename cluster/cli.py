@@ -133,6 +133,14 @@ def _dry_run(wanted: Any, as_json: bool) -> None:
         plan.show(facts, out)
 
 
+@app.command()
+def schema() -> None:
+    """The JSON Schema of a manifest: `moviola schema > moviola.schema.json`, and an editor completes and checks."""
+    from trainer import manifest as manifests
+
+    out.print_json(data=manifests.schema())
+
+
 @app.command("list")
 def list_runs(runs: Runs = "./runs", as_json: Json = False) -> None:
     """All runs of a folder: state, stage, step, loss, goodput."""
