@@ -37,7 +37,7 @@ def test_every_recipe_that_trains_is_there_and_no_other_is_promised():
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_the_commands_run_in_their_order(tmp_path):
     synthetic.write_videos(tmp_path / "videos", count=4, seconds=2.0, size=(64, 64))
     (tmp_path / "manifests").symlink_to(ROOT / "manifests")

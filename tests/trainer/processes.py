@@ -48,7 +48,7 @@ class Group:
             process.kill()
             process.join()
 
-    def wait(self, timeout: float = 60.0) -> list[int | None]:
+    def wait(self, timeout: float = 240.0) -> list[int | None]:
         """Exit statuses by rank; None for one that is still running when the time is over."""
         for process in self.ranks:
             process.join(timeout)

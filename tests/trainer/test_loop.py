@@ -252,7 +252,7 @@ def test_torchrun_restarts_the_group_and_a_run_that_is_done_returns(runs: Runs, 
                 continue
         start = next(event for event in runs.lines("torchrun", "events") if event["event"] == "start")
         os.kill(start["workers"][1]["pid"], signal.SIGKILL)
-        said = agent.communicate(timeout=90)[0]
+        said = agent.communicate(timeout=240)[0]
     assert agent.returncode == 0, said
     same(runs, "torchrun", whole(1))
     assert {line["attempt"] for line in runs.lines("torchrun")} == {1, 2}
