@@ -232,5 +232,5 @@ def _watched(frames: Iterable[Tensor], coded: Coded, progress: Progress) -> Iter
 
 def _counted(stream: Iterable[Latent], coded: Coded) -> Iterator[Latent]:
     for latent in stream:
-        coded.numbers += sum(tensor.numel() for name, tensor in latent.items() if name != "frames")
+        coded.numbers += sum(tensor.numel() for tensor in latent.values() if tensor.is_floating_point())
         yield latent

@@ -25,7 +25,7 @@ Latent = Mapping[str, Tensor]
 """One step of a latent stream: named tensors with a batch dimension of 1, for as many frames as the recipe chose.
 
 All that decoding needs is in it. ``frames`` (1,) is how many frames it decodes to, wherever the other shapes don't say
-(the padded last window of a video); it is not counted as a latent number.
+(the padded last window of a video). Tensors of whole numbers, as this one, are not counted as latent numbers.
 """
 
 
