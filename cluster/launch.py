@@ -47,6 +47,8 @@ def embedded_ray(manifest: RunManifest) -> Iterator[str]:
     """A Ray of this command's own, on loopback, with its own folder (yielded); gone when the body ends."""
     for key, value in RAY_DEFAULTS.items():
         os.environ.setdefault(key, value)
+    if manifest.compile:
+        os.environ.pop("TORCHDYNAMO_DISABLE", None)
     if not manifest.workers.gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import ray

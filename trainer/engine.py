@@ -125,7 +125,8 @@ class Engine:
     optimizer state and keep every bit.
 
     ``model`` is float32, on the CPU or ``device``; its parameters are replaced, so hold no references to them.
-    ``ema_decay`` None keeps no average. Raises InputError when the stage trains no parameter.
+    ``ema_decay`` None keeps no average. ``compile`` runs the forward and backward pass through torch's compiler, for
+    ZeRO 0 to 2: ZeRO-3's hooks would break every graph. Raises InputError when the stage trains no parameter.
     """
 
     def __init__(
@@ -138,6 +139,7 @@ class Engine:
         precision: Literal["fp32", "bf16"] = "fp32",
         device: torch.device | str = "cpu",
         ema_decay: float | None = None,
+        compile: bool = False,
         timeout: float = 1800.0,
     ) -> None:
         self.device = torch.device(device)
@@ -152,6 +154,8 @@ class Engine:
         """Seconds that :meth:`step` and others stood still for a snapshot's copy, since the start."""
         self._snapshot: Snapshot | None = None
         self._host: dict[str, Tensor] = {}
+        if compile:
+            model.compile()
         self._build(stage, spec, {})
         if ema_decay is not None:
             self._start_average()

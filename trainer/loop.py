@@ -144,7 +144,7 @@ def _train(
         engine = Engine(
             recipe.build(manifest.seed), stage, manifest.optimizer_for(stage), zero_stage=manifest.zero.stage,
             precision=manifest.precision, device=world.device, ema_decay=manifest.ema or None,
-            timeout=manifest.failure.hang_seconds,
+            compile=manifest.compile, timeout=manifest.failure.hang_seconds,
         )  # fmt: skip
         adversary = adversaries.enter(None, manifest, first, world.device)
         kept = adversaries.engines(engine, adversary if adversaries.goes_on(manifest, first) else None)

@@ -174,6 +174,7 @@ class RunManifest(_Part):
     )
     micro_batch: PositiveInt | None = Field(None, description="Most clips of one forward pass of one rank.")
     precision: Literal["fp32", "bf16"] = "bf16"
+    compile: bool = Field(False, description="torch.compile for the model: a slow first step, then faster ones.")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     optimizer: OptimizerSpec = OptimizerSpec()
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Decay of the averaged weights; 0 keeps none.")
@@ -381,6 +382,9 @@ def _joint(manifest: RunManifest) -> list[str]:
             f"failure.grace_seconds: {manifest.failure.grace_seconds:g}: a run leaves {LEAVE_SECONDS:g} s before the "
             "end of the notice, so there is no time to commit. Raise it to the notice that your machines give"
         )
+    if manifest.compile and manifest.zero.stage == 3:
+        faults.append("compile: true: ZeRO-3 gathers weights within the forward pass, which breaks compiled graphs. "
+                      "Set zero.stage to 2 or less, or compile: false")  # fmt: skip
     if manifest.kubernetes is not None:
         faults += _kubernetes(manifest, manifest.kubernetes)
     trained = {ref.dataset.rstrip("/") for ref in (*manifest.data.train, *manifest.data.images)}

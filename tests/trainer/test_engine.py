@@ -228,3 +228,29 @@ def test_parameter_without_dimensions_is_refused() -> None:
     model.temperature = nn.Parameter(torch.ones(()))
     with pytest.raises(ValueError, match=r"\['temperature'\] shape \(1,\)"):
         Engine(model, toy.STAGES[-1], toy.SPEC)
+
+
+def compiled_and_eager(rank: int, world: int) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for compile in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        engine = Engine(toy.Toy(), toy.STAGES[0], toy.SPEC, zero_stage=1, compile=compile, timeout=120)
+        losses = [train(engine, step)[0] for step in range(2)]
+        engine.next_stage(toy.STAGES[1], toy.SPEC)
+        losses += [train(engine, step)[0] for step in (3, 4)]
+        results[f"{compile}"] = (
+            losses,
+            sorted(engine.weights()),
+            torch._dynamo.utils.counters["stats"]["calls_captured"],
+        )
+        engine.close()
+    return results
+
+
+def test_a_compiled_model_trains_the_same_through_a_stage_border() -> None:
+    result = on_ranks(1, compiled_and_eager)[0]
+    (eager, names, none), (compiled, same_names, captured) = result["False"], result["True"]
+    assert none == 0 and captured > 0
+    assert names == same_names
+    assert compiled == pytest.approx(eager, rel=1e-5)

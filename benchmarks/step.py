@@ -1,0 +1,258 @@
+"""What a training step of a recipe costs on this device, and how long its whole schedule would take.
+
+    python -m benchmarks.step MANIFEST [--set FIELD=VALUE ...] [--variants float32 ...] [--clips 1] [--steps 12]
+
+Trains each stage of the manifest for a few steps through the engine, on one process, from clips that already lie in
+memory: reading is not measured here (``benchmarks.loader`` does). Eager and compiled, float32 and bfloat16, take turns,
+a step each; the first steps, in which the compiler works, are not counted. Floating point operations are counted by
+torch over a step's forward and backward pass; the device's peak is what a large matrix product reaches on it in the
+same run, in the same precision. Peak memory is taken in a process of its own for each variant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipelines import synthetic
+from pipelines.contracts import Batch, Source
+from trainer import manifest as manifests
+from trainer.engine import Engine
+from trainer.manifest import RunManifest
+from trainer.stage import Stage
+
+ROOT = Path(__file__).resolve().parents[1]
+WARM = 3
+"""Steps of each variant at the start that are not counted."""
+VARIANTS = {"float32": ("fp32", False), "float32, compiled": ("fp32", True),
+            "bfloat16": ("bf16", False), "bfloat16, compiled": ("bf16", True)}  # fmt: skip
+
+
+def sync(device: torch.device) -> float:
+    """The time once the device is idle."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class Trial:
+    """One engine on one stage, and its next step."""
+
+    def __init__(self, manifest: RunManifest, stage: Stage, variant: str, clips: int, device: torch.device) -> None:
+        precision, compile = VARIANTS[variant]
+        self.recipe, self.stage, self.device = manifest.loaded_recipe, stage, device
+        self.spec = manifest.optimizer_for(stage)
+        self.engine = Engine(
+            self.recipe.build(manifest.seed), stage, self.spec, zero_stage=0, precision=precision, compile=compile,
+            device=device, ema_decay=manifest.ema or None,
+        )  # fmt: skip
+        self.teachers = self.recipe.teachers().to(device).requires_grad_(False).eval()
+        schedule = manifest.schedule
+        plan = schedule.plan(schedule.first_steps[schedule.stages.index(stage)])
+        height, width = plan.size
+        frames = [synthetic.footage(0, i, plan.rule.frames, (height, width)).frames_THW3 for i in range(clips)]
+        pixels_BCTHW = torch.from_numpy(np.stack(frames)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        self.batch = Batch(
+            pixels_BCTHW=pixels_BCTHW, fps_B=torch.full((clips,), 24.0), motion_B=torch.full((clips,), 0.1),
+            places=tuple(range(clips)), sources=(Source("made", "here", "scene"),) * clips, plan=plan, weight=1.0,
+            seed=manifest.seed,
+        ).to(device)  # fmt: skip
+
+    def step(self) -> dict[str, float]:
+        """Seconds of a step by part."""
+        start = sync(self.device)
+        loss = self.recipe.step(self.engine.model, self.batch, self.stage, self.teachers).loss
+        forward = sync(self.device)
+        self.engine.backward(loss, last=True)
+        backward = sync(self.device)
+        self.engine.step(self.spec.lr)
+        end = sync(self.device)
+        return {"forward": forward - start, "backward": backward - forward, "optimizer": end - backward}
+
+    def operations(self) -> int:
+        """Floating point operations of a forward and a backward pass."""
+        with FlopCounterMode(display=False) as counter:
+            self.engine.backward(self.recipe.step(self.engine.model, self.batch, self.stage, self.teachers).loss)
+        self.engine.step(0.0)
+        return counter.get_total_flops()
+
+    def parts(self) -> dict[str, float]:
+        """Share of the forward pass by the model's parts and the frozen networks."""
+        spent: dict[str, float] = defaultdict(float)
+        with contextlib.ExitStack() as hooks:
+            named = [*self.engine.module.named_children(), *self.teachers.named_children()]
+            for name, module in named:
+                hooks.enter_context(timed(module, name, spent, self.device))
+            start = sync(self.device)
+            self.recipe.step(self.engine.model, self.batch, self.stage, self.teachers)
+            whole = sync(self.device) - start
+        return {name: seconds / whole for name, seconds in spent.items()}
+
+
+@contextlib.contextmanager
+def timed(module: nn.Module, name: str, spent: dict[str, float], device: torch.device) -> Iterator[None]:
+    began: list[float] = []
+    before = module.register_forward_pre_hook(lambda *_: began.append(sync(device)))
+
+    def after(*_: Any) -> None:
+        spent[name] += sync(device) - began.pop()
+
+    handles = (before, module.register_forward_hook(after))
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product: the best of ten."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        start = sync(device)
+        a @ b
+        best = min(best, sync(device) - start)
+    return 2 * size**3 / best
+
+
+def memory(source: str, sets: list[str], stage: str, variant: str, clips: int, device: str, answers: Any) -> None:
+    """Peak bytes of a process that does two eager or compiled steps and nothing else."""
+    manifest = manifests.load(source, sets)
+    trial = Trial(manifest, next(s for s in manifest.schedule.stages if s.name == stage), variant, clips,
+                  torch.device(device))  # fmt: skip
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    for _ in range(2):
+        trial.step()
+    if device == "cuda":
+        answers.put(torch.cuda.max_memory_allocated())
+    else:
+        answers.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+
+
+def measure(
+    manifest: RunManifest, stage: Stage, variants: list[str], clips: int, steps: int, device: torch.device
+) -> dict[str, Any]:
+    """Times by variant, in turns; operations and the parts' shares, eager in float32."""
+    trials = {name: Trial(manifest, stage, name, clips, device) for name in variants}
+    operations, parts = trials["float32"].operations(), trials["float32"].parts()
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    for _ in range(WARM + steps):
+        for name, trial in trials.items():
+            times[name].append(trial.step())
+    for trial in trials.values():
+        trial.engine.close()
+    return {"times": {name: spent[WARM:] for name, spent in times.items()}, "operations": operations, "parts": parts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("manifest")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="sets")
+    parser.add_argument("--clips", type=int, default=1, help="clips of a micro-batch")
+    parser.add_argument("--steps", type=int, default=12, help="steps of each variant that are counted")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="`float32` is in any case"
+    )
+    parser.add_argument("--hardware", default=f"cpu{os.cpu_count()}")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    manifest = manifests.load(options.manifest, options.sets)
+    peaks = {"fp32": peak_flops(device, torch.float32), "bf16": peak_flops(device, torch.bfloat16)}
+    variants = list(dict.fromkeys(["float32", *options.variants]))
+    rows, shares, days = [], [], dict.fromkeys(variants, 0.0)
+    for stage, batch in zip(manifest.schedule.stages, manifest.schedule.batches, strict=True):
+        found = measure(manifest, stage, variants, options.clips, options.steps, device)
+        eager = [sum(step.values()) for step in found["times"]["float32"]]
+        for name, spent in found["times"].items():
+            answers = multiprocessing.get_context("spawn").SimpleQueue()
+            process = multiprocessing.get_context("spawn").Process(
+                target=memory,
+                args=(options.manifest, options.sets, stage.name, name, options.clips, device.type, answers),
+            )
+            process.start()
+            process.join()
+            whole = [sum(step.values()) for step in spent]
+            low, middle, high = statistics.quantiles([1000 * seconds for seconds in whole])
+            ratio = statistics.median(a / b for a, b in zip(eager, whole, strict=True))
+            achieved = found["operations"] / (middle / 1000)
+            days[name] += stage.steps * batch * middle / 1000 / options.clips / 86400
+            rows.append(
+                f"| {stage.name} | {name} | {middle:.0f} ({low:.0f} to {high:.0f}) | {ratio:.2f} | "
+                f"{1000 * options.clips / middle:.2f} | {achieved / 1e9:.1f} | "
+                f"{achieved / peaks[VARIANTS[name][0]]:.1%} | {answers.get() / 2**20:,.0f} |"
+            )
+            print(rows[-1], flush=True)
+        middle = {part: statistics.median(step[part] for step in found["times"]["float32"]) for part in
+                  ("forward", "backward", "optimizer")}  # fmt: skip
+        total = sum(middle.values())
+        within = sorted(found["parts"].items(), key=lambda item: -item[1])
+        shares.append(
+            f"| {stage.name} | {' | '.join(f'{value / total:.0%}' for value in middle.values())} | "
+            f"{', '.join(f'{name} {share:.0%}' for name, share in within if share >= 0.01)} |"
+        )
+    path = ROOT / "benchmarks/results" / f"step-{manifest.name}_{options.hardware}_{datetime.date.today()}.md"
+    path.write_text(report(manifest, rows, shares, days, peaks, options.clips))
+    print(path)
+
+
+def report(
+    manifest: RunManifest,
+    rows: list[str],
+    shares: list[str],
+    days: dict[str, float],
+    peaks: dict[str, float],
+    clips: int,
+) -> str:
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "deepspeed"))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPUs"
+    sizes = {"x".join(map(str, stage.clip.sizes[0])) for stage in manifest.schedule.stages}
+    schedule = sum(s.steps * b for s, b in zip(manifest.schedule.stages, manifest.schedule.batches, strict=True))
+    return "\n".join([
+        f"# A training step of {manifest.name} (recipe {manifest.recipe})",
+        "",
+        f"{datetime.date.today()}, {device} ({platform.machine()}), Python {platform.python_version()}, {versions}; "
+        f"micro-batch {clips}, {', '.join(sorted(sizes))} pixels.",
+        f"`python -m benchmarks.step {' '.join(sys.argv[1:])}`",
+        "",
+        (__doc__ or "").split("\n\n", 2)[2].strip(),
+        "",
+        f"Peak of a matrix product here: {peaks['fp32'] / 1e9:.0f} GFLOP/s in float32, "
+        f"{peaks['bf16'] / 1e9:.0f} in bfloat16. Milliseconds are medians with quartiles; the speed-up is the median "
+        "of the pairs' ratios to eager float32. Memory is what the steps added to the process (all of it, on a GPU).",
+        "",
+        "| stage | variant | ms a step | speed-up | clips/s | GFLOP/s | of the peak | MiB |",
+        "| --- | --- | --: | --: | --: | --: | --: | --: |",
+        *rows,
+        "",
+        "Where an eager float32 step's time goes, and the parts of its forward pass:",
+        "",
+        "| stage | forward | backward | optimizer | parts of the forward pass |",
+        "| --- | --: | --: | --: | --- |",
+        *shares,
+        "",
+        f"The whole schedule, {schedule:,} clips, on one device like this one: "
+        + ", ".join(f"{spent:,.1f} days {name}" for name, spent in days.items()) + ".",
+        "",
+    ])  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
