@@ -1,6 +1,6 @@
 """A paper's ablations at a small size, on real footage, beside the paper's own tables.
 
-    python -m benchmarks.ablations arvae VIDEOS [--seeds 3] [--work ablation_data] [--results benchmarks/results]
+    python -m benchmarks.ablations arvae|decovae VIDEOS [--seeds 3] [--work ablation_data] [--results FOLDER]
 
 Each variant is a manifest's worth of changes to one small configuration, trained by ``python -m trainer`` in a process
 of one thread (two at a time), once a seed, and measured on held-back clips of videos that it never saw. Finished runs
@@ -18,7 +18,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,12 +35,6 @@ from trainer.codec import Codec
 from trainer.evaluate import evaluate
 from trainer.losses import Perceptual, PerceptualSpec
 
-FRAMES = 16
-LENGTHS = (4, 8, 16)
-STAGES = {"first-frame": 60, "frames-3": 300, "frames-5": 120, "frames-7": 120}
-ALL_STEPS = sum(STAGES.values())
-ONE_STAGE = {"first-frame": 60, "frames-3": 540, "frames-5": 0, "frames-7": 0}
-
 
 @dataclass(frozen=True)
 class Variant:
@@ -48,10 +42,47 @@ class Variant:
 
     name: str
     model: Mapping[str, Any] = field(default_factory=dict)
-    steps: Mapping[str, int] = field(default_factory=lambda: STAGES)
+    steps: Mapping[str, int] = field(default_factory=dict)
 
 
-ARVAE = (
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: where to measure, and what the paper has there (PSNR, SSIM)."""
+
+    title: str
+    variant: str
+    step: int
+    frames: int
+    paper: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A paper's ablations: variants, the manifest that they change, tables whose last row the others are held against.
+
+    ``steps`` by stage are those of a variant that names none; all variants take as many in all. ``about`` says what was
+    trained here, and what by the authors.
+    """
+
+    title: str
+    frames: int
+    variants: tuple[Variant, ...]
+    manifest: Callable[[Path], dict[str, Any]]
+    steps: Mapping[str, int]
+    tables: Mapping[str, tuple[Row, ...]]
+    about: str
+
+    @property
+    def all_steps(self) -> int:
+        """Steps of the whole schedule."""
+        return sum(self.steps.values())
+
+
+# -- ARVAE ------------------------------------------------------------------------------------------------------------
+
+ARVAE_STEPS = {"first-frame": 60, "frames-3": 300, "frames-5": 120, "frames-7": 120}
+ONE_STAGE = {"first-frame": 60, "frames-3": 540, "frames-5": 0, "frames-7": 0}
+ARVAE_VARIANTS = (
     Variant("whole"),
     Variant("one scale, full resolution", {"propagation": "finest"}),
     Variant("one scale, that of the latent", {"propagation": "coarsest"}),
@@ -61,11 +92,10 @@ ARVAE = (
 )
 
 
-def manifest_of(variant: Variant, seed: int, data: Path) -> dict[str, Any]:
+def arvae_manifest(data: Path) -> dict[str, Any]:
     losses = {"mse": 1, "ssim": 0.1, "lpips": 0}
     later = {"losses": losses | {"warp": 0.1}}
     return {
-        "name": f"ablation-{ARVAE.index(variant)}-{seed}",
         "recipe": "arvae",
         "model": {
             "down": 8,
@@ -77,12 +107,10 @@ def manifest_of(variant: Variant, seed: int, data: Path) -> dict[str, Any]:
             "spynet": {"levels": 3, "widths": [16, 16, 8, 8], "kernel": 3},
             "first_frame": {"kind": "own", "down": 8, "channels": 48, "widths": [8, 16, 32, 48]},
             "perceptual": None,
-            **variant.model,
         },
         "data": {"train": f"{data}/train", "eval": f"{data}/eval"},
         "batch": 4,
         "precision": "fp32",
-        "seed": seed,
         "clip": {"sizes": [[64, 64]]},
         "optimizer": {"betas": [0.9, 0.99], "warmup": 10, "decay": "cosine", "floor": 0.1},
         "stages": {
@@ -95,13 +123,127 @@ def manifest_of(variant: Variant, seed: int, data: Path) -> dict[str, Any]:
     }
 
 
-def trained(variant: Variant, seed: int, work: Path) -> str:
+def arvae_tables() -> dict[str, tuple[Row, ...]]:
+    """The paper's tables 2 to 5."""
+    steps, frames = sum(ARVAE_STEPS.values()), 16
+    whole = Row("whole: 3, 5 and 7 frames, 16 at inference", "whole", steps, frames, (30.12, 0.870))
+    ends = {3: 360, 5: 480}
+    single = (24.41, 0.755)
+    return {
+        "Table 2, propagated features": (
+            Row("one scale, full resolution", "one scale, full resolution", steps, frames, single),
+            Row("one scale, that of the latent", "one scale, that of the latent", steps, frames, single),
+            whole,
+        ),
+        "Table 3, state features": (Row("none", "no state features", steps, frames, (25.08, 0.836)), whole),
+        "Table 4, stages": (
+            Row("after 3 frames", "whole", ends[3], frames, (28.50, 0.845)),
+            Row("3 frames only, as many steps as all", "one stage of 3 frames, as many steps", steps, frames, None),
+            Row("after 5 frames", "whole", ends[5], frames, (29.76, 0.855)),
+            whole,
+        ),
+        "Table 5, frames at inference": (
+            Row("4 frames", "whole", steps, 4, (31.12, 0.890)),
+            Row("8 frames", "whole", steps, 8, (30.62, 0.879)),
+            whole,
+        ),
+        "Ours, the linear path": (Row("transform: dct", "linear path (ours)", steps, frames, None), whole),
+    }
+
+
+# -- DeCo-VAE ---------------------------------------------------------------------------------------------------------
+
+DECOVAE_STEPS = {"motion": 120, "static": 240, "dynamic": 60}
+JOINT, PIXELS = {"motion": 120, "joint": 300}, {"joint": 420}
+DECOVAE_VARIANTS = (
+    Variant("whole"),
+    Variant("no strategy", {"adaptation": False}, JOINT),
+    Variant("concat, 16 channels", {"components": "concat"}, JOINT),
+    Variant("concat, 48 channels", {"components": "concat", "latent_channels": 48}, JOINT),
+    Variant("no decoupling, 16 channels", {"components": "none"}, PIXELS),
+    Variant("no decoupling, 48 channels", {"components": "none", "latent_channels": 48}, PIXELS),
+    Variant("keyframe coded once (ours)", {"keyframe": "single"}),
+)
+
+
+def decovae_manifest(data: Path) -> dict[str, Any]:
+    losses = {"l1": 1, "lpips": 0, "kl": 1e-7, "dwt_low": 0.05, "dwt_high": 0.1}
+    phase = {"losses": losses, "adversary": None}
+    adam = {"name": "adam", "betas": [0.9, 0.99], "warmup": 20, "decay": "cosine", "floor": 0.1}
+    return {
+        "recipe": "decovae",
+        "model": {
+            "latent_channels": 16,
+            "backbone": {"low": 32, "high": 64, "separate": 1, "fused": 2, "iterations": 1, "iteration_layers": 1},
+            "motion": {"width": 32, "latent": 32},
+            "perceptual": None,
+        },
+        "data": {"train": f"{data}/train", "eval": f"{data}/eval"},
+        "batch": 4,
+        "precision": "fp32",
+        "clip": {"sizes": [[64, 64]]},
+        "stages": {
+            "motion": {"optimizer": adam | {"lr": 2e-3}},
+            "static": phase | {"optimizer": adam | {"lr": 1e-3}},
+            "dynamic": phase | {"optimizer": adam | {"lr": 3e-4}},
+            "joint": phase | {"optimizer": adam | {"lr": 1e-3}},
+        },
+        "checkpoint": {"every_steps": 60, "keep": 20},
+    }
+
+
+def decovae_tables() -> dict[str, tuple[Row, ...]]:
+    """The paper's tables 4 and 5, on WebVid, and what they leave open: the same number of channels in all."""
+    steps, frames = sum(DECOVAE_STEPS.values()), 17
+    whole = Row("whole: 3 x 16 channels", "whole", steps, frames, (32.29, 0.9098))
+    dedicated = Row("dedicated encoders, 3 x 16 channels", "no strategy", steps, frames, (31.20, 0.8929))
+    return {
+        "Table 4, encoders (without the strategy)": (
+            Row("one for all components, 16 channels", "concat, 16 channels", steps, frames, (27.15, 0.8081)),
+            Row("the same, 48 channels", "concat, 48 channels", steps, frames, None),
+            dedicated,
+        ),
+        "Table 5, decoupling and strategy": (
+            Row("no decoupling, 16 channels", "no decoupling, 16 channels", steps, frames, (29.80, 0.8640)),
+            Row("no decoupling, 48 channels", "no decoupling, 48 channels", steps, frames, None),
+            Row("decoupling without the strategy", "no strategy", steps, frames, (31.20, 0.8929)),
+            whole,
+        ),
+        "Ours, the keyframe coded once": (
+            Row("keyframe: single, 0.73 of the numbers", "keyframe coded once (ours)", steps, frames, None),
+            whole,
+        ),
+    }
+
+
+PAPERS = {
+    "arvae": Paper(
+        "ARVAE", 16, ARVAE_VARIANTS, arvae_manifest, ARVAE_STEPS, arvae_tables(),
+        "64 x 64 pixels, 8 x 8 downsampling, 2 + 6 channels, {stages}, batch 4, AdamW at 1e-3; {clips} held-back clips "
+        "of 16 frames at 12 frames/s. The paper: 256 x 256, 16 x 16 with 2 + 14, 630,000 steps of batch 64, MCL-JCV.",
+    ),
+    "decovae": Paper(
+        "DeCo-VAE", 17, DECOVAE_VARIANTS, decovae_manifest, DECOVAE_STEPS, decovae_tables(),
+        "64 x 64 pixels, 4 x 8 x 8, {stages}, batch 4, Adam at 1e-3, no LPIPS and no adversary; {clips} held-back "
+        "clips of 17 frames at 12 frames/s. The paper: 256 x 256, 500,000 steps of batch 40, WebVid.",
+    ),
+}  # fmt: skip
+
+
+# -- running ----------------------------------------------------------------------------------------------------------
+
+
+def trained(paper: Paper, variant: Variant, seed: int, work: Path) -> str:
     """Trains one variant from one seed, unless that is done; the run's URL."""
-    plain = manifest_of(variant, seed, work)
-    for name, steps in variant.steps.items():
-        plain["stages"][name] = {**plain["stages"][name], "steps": steps}
+    plain = paper.manifest(work)
+    known = plain["recipe"]
+    plain["name"] = f"ablation-{known}-{paper.variants.index(variant)}-{seed}"
+    plain["seed"] = seed
+    plain["model"] = {**plain["model"], **variant.model}
+    steps = variant.steps or paper.steps
+    plain["stages"] = {name: {**plain["stages"][name], "steps": count} for name, count in steps.items()}
     url = work / "runs" / plain["name"]
-    if not (url / "checkpoints" / f"step-{ALL_STEPS:08d}" / "COMMITTED").exists():
+    if not (url / "checkpoints" / f"step-{paper.all_steps:08d}" / "COMMITTED").exists():
         path = work / f"{plain['name']}.yaml"
         path.write_text(yaml.safe_dump(plain, sort_keys=False))
         command = [sys.executable, "-m", "trainer", str(path), "--runs", str(work / "runs")]
@@ -125,44 +267,6 @@ def measured(run_url: str, step: int, frames: int, perceptual: Perceptual) -> di
     return json.loads(kept.read_text())
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of a table: where to measure, and what the paper has there (PSNR, SSIM)."""
-
-    title: str
-    variant: str
-    step: int
-    frames: int
-    paper: tuple[float, float] | None
-
-
-def tables() -> dict[str, list[Row]]:
-    """The paper's tables 2 to 5; the last row of a table is what the others are held against."""
-    whole = Row("whole: 3, 5 and 7 frames, 16 at inference", "whole", ALL_STEPS, FRAMES, (30.12, 0.870))
-    ends = {3: 360, 5: 480, 7: 600}
-    single = (24.41, 0.755)
-    return {
-        "Table 2, propagated features": [
-            Row("one scale, full resolution", "one scale, full resolution", ALL_STEPS, FRAMES, single),
-            Row("one scale, that of the latent", "one scale, that of the latent", ALL_STEPS, FRAMES, single),
-            whole,
-        ],
-        "Table 3, state features": [Row("none", "no state features", ALL_STEPS, FRAMES, (25.08, 0.836)), whole],
-        "Table 4, stages": [
-            Row("after 3 frames", "whole", ends[3], FRAMES, (28.50, 0.845)),
-            Row("3 frames only, as many steps as all", "one stage of 3 frames, as many steps", ALL_STEPS, FRAMES, None),
-            Row("after 5 frames", "whole", ends[5], FRAMES, (29.76, 0.855)),
-            whole,
-        ],
-        "Table 5, frames at inference": [
-            Row("4 frames", "whole", ALL_STEPS, 4, (31.12, 0.890)),
-            Row("8 frames", "whole", ALL_STEPS, 8, (30.62, 0.879)),
-            whole,
-        ],
-        "Ours, the linear path": [Row("transform: dct", "linear path (ours)", ALL_STEPS, FRAMES, None), whole],
-    }
-
-
 def verdict(mine: list[float], papers: float | None) -> str:
     """Whether a difference, seed by seed, has the paper's sign; none where the seeds disagree."""
     if papers is None:
@@ -173,11 +277,11 @@ def verdict(mine: list[float], papers: float | None) -> str:
     return "agrees" if signs == {papers > 0} else "disagrees"
 
 
-def lines_of(runs: Mapping[str, list[str]], perceptual: Perceptual) -> list[str]:
+def lines_of(paper: Paper, runs: Mapping[str, list[str]], perceptual: Perceptual) -> list[str]:
     lines = []
-    for title, rows in tables().items():
+    for title, rows in paper.tables.items():
         lines += [f"## {title}", ""]
-        lines += ["| | PSNR dB (± over seeds) | SSIM | less whole, dB | paper | paper less whole | |"]
+        lines += ["| | PSNR dB (± over seeds) | SSIM | less the last row, dB | paper | the same in the paper | |"]
         lines += ["| --- | ---: | ---: | ---: | ---: | ---: | --- |"]
         reference = rows[-1]
         whole = [measured(url, reference.step, reference.frames, perceptual) for url in runs[reference.variant]]
@@ -186,14 +290,14 @@ def lines_of(runs: Mapping[str, list[str]], perceptual: Perceptual) -> list[str]
             psnr = [values["psnr_db"] for values in found]
             spread = statistics.stdev(psnr) if len(psnr) > 1 else 0.0
             gains = [a["psnr_db"] - b["psnr_db"] for a, b in zip(found, whole, strict=True)]
-            paper = f"{row.paper[0]:.2f}, {row.paper[1]:.3f}" if row.paper else "-"
-            papers = row.paper[0] - reference.paper[0] if row.paper else None
+            theirs = f"{row.paper[0]:.2f}, {row.paper[1]:.3f}" if row.paper else "-"
+            papers = row.paper[0] - reference.paper[0] if row.paper and reference.paper else None
             cells = [
                 row.title,
                 f"{statistics.mean(psnr):.2f} ± {spread:.2f}",
                 f"{statistics.mean(values['ssim'] for values in found):.4f}",
                 "" if row is reference else f"{statistics.mean(gains):+.2f}",
-                paper,
+                theirs,
                 "" if row is reference or papers is None else f"{papers:+.2f}",
                 "" if row is reference else verdict(gains, papers),
             ]
@@ -204,39 +308,40 @@ def lines_of(runs: Mapping[str, list[str]], perceptual: Perceptual) -> list[str]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paper", choices=["arvae"])
+    parser.add_argument("paper", choices=PAPERS)
     parser.add_argument("videos", help="folder of videos")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--work", default="ablation_data", type=Path)
     parser.add_argument("--results", default=ROOT / "benchmarks" / "results", type=Path)
     options = parser.parse_args()
-    rules = pack.load_rules(str(RULES), [f"frames={FRAMES}", f"least_frames={FRAMES}", "clips_per_video=30"])
+    paper = PAPERS[options.paper]
+    sizes = [f"frames={paper.frames}", f"least_frames={paper.frames}", "clips_per_video=30"]
     work = options.work.resolve()
-    print(pack.pack(options.videos, work, rules).text(), file=sys.stderr)
-    jobs = [(variant, seed) for seed in range(options.seeds) for variant in ARVAE]
+    print(pack.pack(options.videos, work, pack.load_rules(str(RULES), sizes)).text(), file=sys.stderr)
+    jobs = [(variant, seed) for seed in range(options.seeds) for variant in paper.variants]
     with ThreadPoolExecutor(2) as pool:
-        urls = list(pool.map(lambda job: trained(*job, work), jobs))
+        urls = list(pool.map(lambda job: trained(paper, *job, work), jobs))
     runs: dict[str, list[str]] = {}
     for (variant, _), url in zip(jobs, urls, strict=True):
         runs.setdefault(variant.name, []).append(url)
     torch.set_num_threads(os.cpu_count() or 1)
     perceptual = Perceptual(PerceptualSpec(backbone="alex", weights="random"))
-    clips = measured(runs["whole"][0], ALL_STEPS, FRAMES, perceptual)["clips"]
+    clips = measured(runs["whole"][0], paper.all_steps, paper.frames, perceptual)["clips"]
+    stages = ", ".join(f"{name} {steps} steps" for name, steps in paper.steps.items())
     lines = [
-        "# ARVAE's ablations at a small size",
+        f"# {paper.title}'s ablations at a small size",
         "",
-        f"`python -m benchmarks.ablations arvae VIDEOS --seeds {options.seeds}`: 64 x 64 pixels, 8 x 8 downsampling, "
-        f"2 + 6 channels, {', '.join(f'{name} {steps} steps' for name, steps in STAGES.items())}, batch 4, AdamW at "
-        f"1e-3; {clips} held-back clips of {FRAMES} frames at 12 frames/s. The paper: 256 x 256, 16 x 16 with 2 + 14, "
-        "630,000 steps of batch 64, MCL-JCV. Levels can't be compared, signs and sizes of differences can, with care.",
+        f"`python -m benchmarks.ablations {options.paper} VIDEOS --seeds {options.seeds}`: "
+        f"{paper.about.format(stages=stages, clips=clips)} Levels can't be compared, signs and sizes of differences "
+        "can, with care.",
         "",
         f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, float32, {options.seeds} seeds. "
         "A verdict is given where all seeds agree on the sign.",
         "",
-        *lines_of(runs, perceptual),
+        *lines_of(paper, runs, perceptual),
     ]
     options.results.mkdir(parents=True, exist_ok=True)
-    path = options.results / f"ablations-arvae_{hardware()}_{datetime.date.today()}.md"
+    path = options.results / f"ablations-{options.paper}_{hardware()}_{datetime.date.today()}.md"
     path.write_text("\n".join(lines))
     print("\n".join(lines))
     print(path, file=sys.stderr)

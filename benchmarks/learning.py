@@ -1,8 +1,8 @@
-"""What a small ARVAE learns in a quarter of an hour on CPU, on clips from videos that it never saw.
+"""What a small model of a paper learns in a quarter of an hour on CPU, on clips from videos that it never saw.
 
-    python -m benchmarks.learning VIDEOS [--work learning_data] [--results benchmarks/results]
+    python -m benchmarks.learning VIDEOS [--recipe arvae] [--work learning_data] [--results benchmarks/results]
 
-Packs the folder of videos (an eighth held back, by source video), trains ``manifests/arvae_small.yaml`` on two
+Packs the folder of videos (an eighth held back, by source video), trains ``manifests/RECIPE_small.yaml`` on two
 processes of one thread each, measures every checkpoint and the untrained model on the held-back clips beside baselines
 of the same latent budget, and writes a table, a curve and pictures. A run that was stopped goes on where it was.
 """
@@ -32,32 +32,35 @@ from trainer.run import Trained
 from trainer.telemetry import read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
-MANIFEST = ROOT / "manifests" / "arvae_small.yaml"
 RULES = ROOT / "manifests" / "datasets" / "demo.yaml"
 STOPPED = 75
+TITLES = {"arvae": "ARVAE", "decovae": "DeCo-VAE"}
+PACKED = {"arvae": ["frames=16"], "decovae": ["frames=17", "least_frames=17"]}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("videos", help="folder of videos")
+    parser.add_argument("--recipe", choices=TITLES, default="arvae")
     parser.add_argument("--work", default="learning_data", type=Path, help="where shards and the run go")
     parser.add_argument("--results", default=ROOT / "benchmarks" / "results", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="sets")
-    parser.add_argument("--name", default="arvae-small")
+    parser.add_argument("--name", help="of the run; RECIPE-small by default")
     options = parser.parse_args()
-    rules = pack.load_rules(str(RULES), ["frames=16", "clips_per_video=30"])
+    rules = pack.load_rules(str(RULES), [*PACKED[options.recipe], "clips_per_video=30"])
     print(pack.pack(options.videos, options.work, rules).text())
     sets = [f"data.train={options.work}/train", f"data.eval={options.work}/eval", *options.sets]
-    status = train(sets, options.work / "runs", options.name)
+    name = options.name or f"{options.recipe}-small"
+    status = train(ROOT / "manifests" / f"{options.recipe}_small.yaml", sets, options.work / "runs", name)
     if status:
         print("stopped, with a checkpoint: the same command goes on" if status == STOPPED else "training failed")
         return status
-    report(str(options.work / "runs" / options.name), options.results)
+    report(str(options.work / "runs" / name), options.results)
     return 0
 
 
-def train(sets: list[str], runs: Path, name: str) -> int:
-    arguments = [str(MANIFEST), "--runs", str(runs), "--name", name]
+def train(source: Path, sets: list[str], runs: Path, name: str) -> int:
+    arguments = [str(source), "--runs", str(runs), "--name", name]
     for change in sets:
         arguments += ["--set", change]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "trainer"]
@@ -86,7 +89,7 @@ def report(run_url: str, results: Path) -> None:
         checkpoint.assign(model, checkpoint.load_weights(str(folder), ema=bool(stored.ema)))
         curve.append((int(folder.name.removeprefix("step-")), measured(trained, clips, perceptual)))
         print(f"step {curve[-1][0]}: {curve[-1][1]['psnr_db']:.2f} dB", flush=True)
-    stem = f"learning_{hardware()}_{datetime.date.today()}"
+    stem = f"learning-{stored.recipe}_{hardware()}_{datetime.date.today()}"
     results.mkdir(parents=True, exist_ok=True)
     borders = [*stored.schedule.first_steps, stored.schedule.steps]
     draw_curve(curve, borders, [s.name for s in stored.schedule.stages], results / f"{stem}_curve.png")
@@ -118,7 +121,7 @@ def seconds(run_url: str) -> float:
 def hardware() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name().replace(" ", "-").lower()
-    return f"cpu{os.cpu_count()}"
+    return f"{os.cpu_count()}cpu"
 
 
 def text(stored: manifest.RunManifest, curve: list[Any], spent: float, stem: str, clips: list[Any]) -> str:
@@ -128,9 +131,10 @@ def text(stored: manifest.RunManifest, curve: list[Any], spent: float, stem: str
     rows += [("bicubic down and up", end["baselines"]["bicubic"])]
     rows += [("first frame repeated", end["baselines"]["first_frame"])]
     lines = [
-        "# What a small ARVAE learns on two CPU cores",
+        f"# What a small {TITLES[stored.recipe]} learns on two CPU cores",
         "",
-        f"`python -m benchmarks.learning VIDEOS`: `manifests/arvae_small.yaml`, {sum(parts.values()):,} parameters, "
+        f"`python -m benchmarks.learning VIDEOS --recipe {stored.recipe}`: "
+        f"`manifests/{stored.recipe}_small.yaml`, {sum(parts.values()):,} parameters, "
         f"{end['clips']} clips of {end['clip']['frames']} frames, {end['clip']['height']} x {end['clip']['width']}, "
         f"from {len({clip.source.key.rsplit('-', 1)[0] for clip in clips})} videos that were never trained on.",
         "",

@@ -105,7 +105,7 @@ def lpips_frames(batch: Batch, config: DecoVaeConfig) -> tuple[Tensor, int]:
 def _some_frames(x_BCTHW: Tensor, starts_B: Tensor, count: int) -> Tensor:
     if not count:
         return x_BCTHW
-    chosen = [
-        torch.cat((x[:, :1], x[:, s : s + count]), dim=1) for x, s in zip(x_BCTHW, starts_B.tolist(), strict=True)
-    ]
-    return torch.stack(chosen)
+    at_BT = torch.cat(
+        (torch.zeros_like(starts_B)[:, None], starts_B[:, None] + torch.arange(count).to(starts_B)), dim=1
+    )
+    return x_BCTHW.gather(2, at_BT[:, None, :, None, None].expand(-1, x_BCTHW.shape[1], -1, *x_BCTHW.shape[-2:]))

@@ -1,0 +1,166 @@
+"""What further keyframes gain on footage with cuts and camera pans, at the same latent budget.
+
+    python -m benchmarks.keyframes RUN VIDEOS [--results benchmarks/results]
+
+RUN is a trained DeCo-VAE, ``benchmarks.learning``'s for example, and VIDEOS the folder that it was packed from. From
+the videos that the run held back it makes streams of 96 frames at 12 frames/s: as they are; with cuts (every 6 to 20
+frames another video begins); and panned (a window that slides over the frame, two pixels a frame). Each is coded with
+windows of a fixed length, and with a new keyframe where the residual asks for one; no weights differ. A gain is what
+the second has over the first at its own number of latent numbers, on the line that joins two fixed lengths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import random
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.learning import ROOT, hardware
+from pipelines import index
+from trainer import footage, run
+from trainer.codec import Codec
+
+FRAMES, FPS, PAN = 96, 12, 2
+FIXED = (5, 9, 17, 33)
+LONGEST, THRESHOLDS = 33, (0.12, 0.18, 0.25, 0.35)
+SEGMENT = (6, 20)
+
+
+def held_back(dataset: index.Dataset, videos: Path) -> list[Path]:
+    """Files of the videos whose clips the dataset holds."""
+    keys = (r["key"].decode() for shard in range(len(dataset.files)) for r in dataset.records(shard))
+    stems = {key.rsplit("-", 2)[0] for key in keys}
+    return sorted(path for path in videos.rglob("*") if path.stem in stems)
+
+
+def frames_of(path: Path, side: int) -> Tensor:
+    """Up to FRAMES frames of a video, (1, 3, T, side, wide), at FPS frames/s."""
+    with footage.reader(str(path)) as source:
+        every = max(1.0, float(source.fps) / FPS)
+        wide = max(side, round(side * source.width / source.height))
+        taken: list[Tensor] = []
+        for number, frame in enumerate(source):
+            if number >= len(taken) * every:
+                small = F.interpolate(frame[:, :, 0], (side, wide), mode="bilinear", antialias=True)
+                taken.append(small)
+            if len(taken) == FRAMES:
+                break
+    return torch.stack(taken, dim=2)
+
+
+def central(x_1CTHW: Tensor, side: int) -> Tensor:
+    left = (x_1CTHW.shape[-1] - side) // 2
+    return x_1CTHW[..., left : left + side]
+
+
+def panned(x_1CTHW: Tensor, side: int) -> Tensor:
+    """A window that slides to the right by PAN pixels a frame, and back at the end of its way."""
+    way = x_1CTHW.shape[-1] - side
+    lefts = [way - abs((PAN * t) % (2 * way) - way) if way else 0 for t in range(x_1CTHW.shape[2])]
+    return torch.stack([x_1CTHW[:, :, t, :, left : left + side] for t, left in enumerate(lefts)], dim=2)
+
+
+def with_cuts(sources: list[Tensor], seed: int) -> Tensor:
+    """FRAMES frames in segments out of one source after another."""
+    draw = random.Random(seed)
+    at = [0] * len(sources)
+    parts: list[Tensor] = []
+    which = seed
+    while sum(part.shape[2] for part in parts) < FRAMES:
+        which += 1
+        source, length = sources[which % len(sources)], draw.randint(*SEGMENT)
+        begin = at[which % len(sources)] % max(1, source.shape[2] - length)
+        parts.append(source[:, :, begin : begin + length])
+        at[which % len(sources)] += length
+    return torch.cat(parts, dim=2)[:, :, :FRAMES]
+
+
+def streams(videos: list[Path], side: int) -> dict[str, list[Tensor]]:
+    tall = [frames_of(path, side) for path in videos]
+    wide = [x for x in tall if x.shape[-1] >= side + 16]
+    still = [central(x, side) for x in tall]
+    cuts = [with_cuts(still, seed) for seed in range(len(still))]
+    return {"as they are": still, "cuts": cuts, "pans": [panned(x, side) for x in wide]}
+
+
+def coded(codec: Codec, clips: list[Tensor]) -> tuple[float, float]:
+    """Latent numbers a frame, and PSNR, the mean over frames."""
+    numbers, errors = 0, []
+    for x_1CTHW in clips:
+        latents = list(codec.encode(x_1CTHW))
+        numbers += sum(t.numel() for latent in latents for t in latent.values() if t.is_floating_point())
+        made = torch.cat(list(codec.decode(latents, x_1CTHW.shape[-2:])), dim=2)
+        errors.append(((made - x_1CTHW) / 2).square().mean((0, 1, 3, 4)))
+    frames = torch.cat(errors)
+    return numbers / len(frames), float((-10 * frames.clamp_min(1e-10).log10()).mean())
+
+
+def at_budget(curve: list[tuple[float, float]], numbers: float) -> float | None:
+    """PSNR of the fixed lengths at a budget, on the line between two of them; None beyond them."""
+    for (a, low), (b, high) in pairwise(sorted(curve)):
+        if a <= numbers <= b:
+            return low + (high - low) * (numbers - a) / (b - a)
+    return None
+
+
+def rows(opened: run.Trained, footage_of: dict[str, list[Tensor]]) -> Iterator[str]:
+    kind, config = type(opened.recipe), opened.recipe.config
+
+    def codec(window: int, threshold: float | None) -> Codec:
+        changed = config.model_copy(update={"window": window, "new_keyframe": threshold})
+        return Codec(kind(changed), opened.model)
+
+    for name, clips in footage_of.items():
+        count = sum(clip.shape[2] for clip in clips)
+        yield from ("", f"## Footage {name}: {len(clips)} streams, {count} frames", "")
+        yield from ("| windows | numbers a frame | PSNR dB | fixed at that budget | gain dB |",
+                    "| --- | ---: | ---: | ---: | ---: |")  # fmt: skip
+        curve = [coded(codec(window, None), clips) for window in FIXED]
+        for window, (numbers, psnr) in zip(FIXED, curve, strict=True):
+            yield f"| fixed, {window} | {numbers:.0f} | {psnr:.2f} | | |"
+        for threshold in THRESHOLDS:
+            numbers, psnr = coded(codec(LONGEST, threshold), clips)
+            same = at_budget(curve, numbers)
+            gain = ("-", "-") if same is None else (f"{same:.2f}", f"{psnr - same:+.2f}")
+            title = f"new keyframe beyond {threshold}, {LONGEST} at most"
+            yield f"| {title} | {numbers:.0f} | {psnr:.2f} | {' | '.join(gain)} |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a trained DeCo-VAE")
+    parser.add_argument("videos", type=Path, help="folder of the videos that it was packed from")
+    parser.add_argument("--results", default=ROOT / "benchmarks" / "results", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)
+    opened = run.open_model(options.run)
+    side = opened.manifest.schedule.stages[-1].clip.sizes[0][0]
+    videos = held_back(index.open_dataset(opened.manifest.data.eval), options.videos)
+    lines = [
+        "# Several keyframes on footage with cuts and pans",
+        "",
+        f"`python -m benchmarks.keyframes RUN VIDEOS`, RUN of manifest `{opened.manifest.name}`: "
+        f"{len(videos)} videos that were never trained on, {side} x {side}, {FPS} frames/s.",
+        "",
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, float32.",
+        *rows(opened, streams(videos, side)),
+        "",
+    ]
+    options.results.mkdir(parents=True, exist_ok=True)
+    path = options.results / f"keyframes_{hardware()}_{datetime.date.today()}.md"
+    path.write_text("\n".join(lines))
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
