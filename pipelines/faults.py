@@ -73,6 +73,11 @@ class FaultBudget:
                     "Check the dataset with `moviola lint`, repack it, or raise data.skip_budget."
                 )
 
+    def spent(self) -> float:
+        """Skips over those that are tolerated at the clips seen so far: beyond 1 the run ends."""
+        with self._lock:
+            return sum(self.reasons.values()) / max(self.grace, self.limit * self.seen, 1)
+
     def counts(self) -> Mapping[str, int]:
         """Skips so far, by reason."""
         with self._lock:

@@ -184,6 +184,13 @@ class Loader:
         draw = self._mixtures[plan.stream].draw(plan.stream_place + offset, substitute)
         return self._datasets[plan.stream][draw.dataset], draw
 
+    def epochs(self, plan: BatchPlan) -> dict[str, float]:
+        """Passes over each dataset of the batch's stream, that batch included, by name of the dataset."""
+        quotas = self._mixtures[plan.stream].quotas
+        share = (plan.stream_place + plan.clips) / sum(quotas)
+        datasets = zip(self._datasets[plan.stream], quotas, strict=True)
+        return {dataset.name: share * quota / dataset.clips for dataset, quota in datasets}
+
     @property
     def metrics(self) -> LoaderMetrics:
         """The metrics as they are now."""

@@ -47,7 +47,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
+from itertools import chain, pairwise
 from math import prod
 from typing import Any, BinaryIO, Protocol, TypeVar
 
@@ -156,6 +156,10 @@ class Checkpointer:
         self._doing = "nothing"
         self.seconds = 0.0
         """What the last checkpoint took, from snapshot to commit."""
+        self.phases: dict[str, float] = {}
+        """The same by phase: ``copy`` to the host, ``write``, ``wait`` for others, on rank 0 ``commit``."""
+        self.bytes: int | None = None
+        """Size of the last checkpoint that this rank committed; None on ranks other than 0."""
         self._step = -1
         self._begun = 0.0
         self._thread: threading.Thread | None = None
@@ -228,6 +232,7 @@ class Checkpointer:
         rng: Mapping[str, Any],
     ) -> None:
         deadline = time.monotonic() + self.timeout
+        times = [time.perf_counter()]
         folder = _folder(self.run_url, step)
         stem = f"rank-{self.rank:05d}.a{self.lease.attempt}"
         self._doing = "copying its state to the host"
@@ -236,6 +241,7 @@ class Checkpointer:
         tensors = {f"{engine}/{key}": t for engine, s in snapshots.items() for key, t in s.tensors.items()}
         if self.rank == 0:
             tensors.update({f"tensors/{name}": tensor for name, tensor in extra.items()})
+        times.append(time.perf_counter())
         if self._before_commit is not None:
             self._doing = "writing the lines that precede the commit"
             self._before_commit()
@@ -248,15 +254,22 @@ class Checkpointer:
             files[name] = _write_blob(storage.join(folder, name), {**head, "engines": meta, "state": state})
         part = {"rank": self.rank, "files": files, "rng": rng}
         _write_blob(storage.join(folder, f"{stem}.json"), part)
+        times.append(time.perf_counter())
         if self.rank == 0:
-            self._commit(step, folder, deadline)
+            parts = self._gather(folder, deadline)
+            times.append(time.perf_counter())
+            self._commit(step, folder, parts)
         else:
             self._doing = "waiting for rank 0 to commit"
             _poll(lambda: storage.exists(storage.join(folder, "COMMITTED")), deadline, self._late)
+        times.append(time.perf_counter())
+        phases = zip(("copy", "write", "wait", "commit"), pairwise(times), strict=False)
+        self.phases = {phase: end - begin for phase, (begin, end) in phases}
         self._committed = step
         self._doing = "nothing"
 
-    def _commit(self, step: int, folder: str, deadline: float) -> None:
+    def _gather(self, folder: str, deadline: float) -> Iterable[str]:
+        """Waits until every rank's part is there; their names."""
         attempt = self.lease.attempt
         parts = {rank: f"rank-{rank:05d}.a{attempt}.json" for rank in range(self.world)}
 
@@ -267,12 +280,17 @@ class Checkpointer:
             return not missing
 
         _poll(complete, deadline, self._late)
+        return parts.values()
+
+    def _commit(self, step: int, folder: str, parts: Iterable[str]) -> None:
+        attempt = self.lease.attempt
         self._doing = "committing"
         files: dict[str, Any] = {}
-        for name in parts.values():
+        for name in parts:
             data = storage.read_bytes(storage.join(folder, name))
             files.update(json.loads(data)["files"])
             files[name] = {"bytes": len(data), "blocks": [_digest(data)]}
+        self.bytes = sum(file["bytes"] for file in files.values())
         manifest = {"format": FORMAT, "step": step, "attempt": attempt, "world": self.world, "block": BLOCK}
         data = (json.dumps({**manifest, "files": dict(sorted(files.items()))}, indent=1) + "\n").encode()
         storage.write_bytes(storage.join(folder, f"manifest.a{attempt}.json"), data)

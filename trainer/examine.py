@@ -5,32 +5,47 @@ Legend: B clips, C channels, T frames, H height, W width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
 
 from pipelines import clips as cutting
 from pipelines import index, storage
 from pipelines.contracts import Clip, ClipRule, Source
 from pipelines.faults import InputError, Skip
-from trainer import pictures
+from trainer import checkpoint, pictures
 from trainer.codec import Codec
 from trainer.evaluate import Report, evaluate
 from trainer.losses.perceptual import Perceptual, PerceptualSpec
-from trainer.run import Trained, open_model
+from trainer.manifest import RunManifest
+from trainer.recipe import Recipe
+from trainer.run import open_model
 
 DRAWN = 4
 
 
-def fixed_clips(dataset: index.Dataset, rule: ClipRule, size: tuple[int, int], count: int | None) -> Iterator[Clip]:
+class Group(Protocol):
+    """Where a process stands among the ranks."""
+
+    rank: int
+    size: int
+
+
+def fixed_clips(
+    dataset: index.Dataset, rule: ClipRule, size: tuple[int, int], count: int | None, rank: int = 0, world: int = 1
+) -> Iterator[Clip]:
     """The same clips every time: ``count`` spread evenly over the dataset (None: all), central crops, no flip.
 
-    A clip that is too short for the rule is left out; one that can't be read raises InputError: a fixed set must not
-    shrink silently.
+    Of several ranks each takes its share of them. A clip that is too short for the rule is left out; one that can't be
+    read raises InputError: a fixed set must not shrink silently.
     """
     total = dataset.clips
     chosen = range(total) if count is None or count >= total else [i * total // count for i in range(count)]
-    for clip in chosen:
+    for clip in chosen[rank::world]:
         shard, row = dataset.locate(clip)
         record = dataset.records(shard, row, row + 1)[0]
         source = Source(dataset.name, dataset.files[shard], record["key"].decode())
@@ -63,16 +78,13 @@ def evaluate_checkpoint(
     named in the report. Raises InputError where nothing can be measured.
     """
     trained = open_model(url, ema=ema, warn=warn)
-    last = trained.manifest.schedule.stages[-1].clip
-    length, size = frames or last.frames, last.sizes[0]
-    rule = ClipRule(frames=length, sizes=(size,), crop="center", flip=0.0)
-    latent = trained.recipe.latent(length, *size)
+    rule, size = fixed_rule(trained.manifest, frames)
     dataset = index.open_dataset(dataset_url)
     spec = PerceptualSpec.model_validate(lpips or {"backbone": "alex", "weights": "random"})
     report = evaluate(
         Codec(trained.recipe, trained.model, device=device).reconstruct,
         fixed_clips(dataset, rule, size, count),
-        latent,
+        trained.recipe.latent(rule.frames, *size),
         perceptual=Perceptual(spec).to(device),
         device=device,
         progress=progress,
@@ -80,27 +92,85 @@ def evaluate_checkpoint(
     if run_url is not None:
         try:
             storage.write_bytes(storage.join(run_url, "evaluation.json"), report.json().encode())
-            draw(trained, list(fixed_clips(dataset, rule, size, DRAWN)), storage.join(run_url, "samples"), device)
+            shown = list(fixed_clips(dataset, rule, size, DRAWN))
+            write(look(trained.recipe, trained.model, shown, device), storage.join(run_url, "samples"))
         except InputError as error:
             warn(f"what was measured is not kept: {error}")
     return report
 
 
-def draw(trained: Trained, shown: list[Clip], folder: str, device: str = "cpu") -> list[str]:
-    """Draws clips: a PNG grid each and one side-by-side mp4, into ``folder``; their URLs."""
-    import tempfile
+class Examination:
+    """The evaluation of a run while it trains: ``evaluation.clips`` clips of ``data.eval``, shared out over the ranks.
 
+    The clip is the last stage's, also in stages before it. Raises InputError at once for what it will not find later.
+    """
+
+    def __init__(self, manifest: RunManifest, device: torch.device) -> None:
+        assert manifest.evaluation.every_steps is not None and manifest.data.eval is not None
+        self.every_steps = manifest.evaluation.every_steps
+        self._manifest, self._device = manifest, device
+        self._dataset = index.open_dataset(manifest.data.eval)
+        self._perceptual = Perceptual(manifest.evaluation.lpips).to(device)
+        self._rule, self._size = fixed_rule(manifest)
+
+    def sit(
+        self, run_url: str, weights: Mapping[str, Tensor], world: Group
+    ) -> tuple[Mapping[str, Any], list[pictures.Views]]:
+        """Measures whole ``weights``, on all ranks together: the figures, and on rank 0 some clips to look at.
+
+        Rank 0 also writes the run's ``evaluation.json`` and ``samples/``. Weights and random state of training are left
+        alone; the model is built anew, and gone afterwards.
+        """
+        recipe, count = self._manifest.loaded_recipe, self._manifest.evaluation.clips
+        model = recipe.build(self._manifest.seed)
+        checkpoint.assign(model, weights)
+        codec = Codec(recipe, model, device=self._device)
+        report = evaluate(
+            codec.reconstruct,
+            fixed_clips(self._dataset, self._rule, self._size, count, world.rank, world.size),
+            recipe.latent(self._rule.frames, *self._size),
+            perceptual=self._perceptual,
+            device=self._device,
+        )
+        if world.rank != 0:
+            return report.values, []
+        shown = list(fixed_clips(self._dataset, self._rule, self._size, DRAWN))
+        views = look(recipe, codec.model, shown, self._device)
+        storage.write_bytes(storage.join(run_url, "evaluation.json"), report.json().encode())
+        write(views, storage.join(run_url, "samples"), video=False)
+        return report.values, views
+
+
+def fixed_rule(manifest: RunManifest, frames: int | None = None) -> tuple[ClipRule, tuple[int, int]]:
+    """How clips are cut for an evaluation, and their size: the last stage's, or ``frames`` long."""
+    last = manifest.schedule.stages[-1].clip
+    size = last.sizes[0]
+    return ClipRule(frames=frames or last.frames, sizes=(size,), crop="center", flip=0.0), size
+
+
+@torch.no_grad()
+def look(
+    recipe: Recipe, model: nn.Module, shown: Sequence[Clip], device: torch.device | str = "cpu"
+) -> list[pictures.Views]:
+    """What the recipe has to show of each clip."""
     views = []
     for clip in shown:
-        pixels_1CTHW = clip.pixels_CTHW[None].to(device)
-        made = {name: view[0].cpu() for name, view in trained.recipe.pictures(trained.model, pixels_1CTHW).items()}
-        views.append(pictures.Views(str(clip.source), clip.pixels_CTHW, made, fps=clip.fps))
+        made = recipe.pictures(model, clip.pixels_CTHW[None].to(device))
+        views.append(
+            pictures.Views(str(clip.source), clip.pixels_CTHW, {n: v[0].cpu() for n, v in made.items()}, fps=clip.fps)
+        )
+    return views
+
+
+def write(views: Sequence[pictures.Views], folder: str, video: bool = True) -> list[str]:
+    """Writes a PNG grid and a sheet of frames for each clip to ``folder``, and one side-by-side mp4; their URLs."""
     with tempfile.TemporaryDirectory() as scratch:
-        made_files = [pictures.grid(view, Path(scratch) / f"clip-{i:02d}.png") for i, view in enumerate(views)]
-        if views:
-            made_files.append(pictures.side_by_side(views, Path(scratch) / "side-by-side.mp4"))
+        files = [pictures.grid(view, Path(scratch) / f"clip-{i:02d}.png") for i, view in enumerate(views)]
+        files += [pictures.sheet(view, Path(scratch) / f"frames-{i:02d}.png") for i, view in enumerate(views)]
+        if views and video:
+            files.append(pictures.side_by_side(views, Path(scratch) / "side-by-side.mp4"))
         urls = []
-        for file in made_files:
+        for file in files:
             urls.append(storage.join(folder, file.name))
             storage.upload(urls[-1], file)
     return urls

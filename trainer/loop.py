@@ -14,7 +14,7 @@ import random
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +28,8 @@ from pipelines.faults import FaultBudget, InputError
 from trainer import adversary as adversaries
 from trainer import checkpoint
 from trainer.engine import Engine
+from trainer.examine import Examination
+from trainer.flops import FlopMeter
 from trainer.heartbeat import STEP, Heartbeat
 from trainer.manifest import LEAVE_SECONDS, RunManifest
 from trainer.signals import Signals
@@ -126,12 +128,10 @@ def _train(
     torch.set_deterministic_debug_mode("warn")
     schedule, recipe = manifest.schedule, manifest.loaded_recipe
     lease = checkpoint.Lease.take(run_url)
-    ledger = _ledger(run_url)
+    ledger, before = _before(run_url)
     telemetry = Telemetry(
-        name=manifest.name, run_url=run_url, rank=world.rank, world=world.size, attempt=lease.attempt,
-        trace=manifest.trace, bind=manifest.telemetry.bind, port=manifest.telemetry.port,
-        tensorboard=manifest.telemetry.tensorboard,
-    )  # fmt: skip
+        manifest, run_url, rank=world.rank, world=world.size, attempt=lease.attempt, before=before, alone=launch is None
+    )
 
     def warn(text: str) -> None:
         telemetry.event("warning", message=text)
@@ -150,15 +150,16 @@ def _train(
         kept = adversaries.engines(engine, adversary if adversaries.goes_on(manifest, first) else None)
         if saved is None or saved.restore(kept, warn):
             break
-    everyone = _everyone(world, telemetry.port)
+    everyone = _everyone(world, telemetry.address)
     telemetry.event("start", from_step=first, world=world.size, workers=everyone, launch=launch)
     teachers = recipe.teachers().to(world.device).requires_grad_(False).eval()
     saver = checkpoint.Checkpointer(
         run_url, lease, rank=world.rank, world=world.size, keep=manifest.checkpoint.keep,
         timeout=manifest.checkpoint.timeout_seconds, before_commit=telemetry.flush, committed=first or None,
     )  # fmt: skip
-    budget = FaultBudget(manifest.data.skip_budget)
-    clips = open_loader(manifest, world, budget)
+    clips = open_loader(manifest, world, telemetry.budget)
+    flops = FlopMeter()
+    exam = Examination(manifest, world.device) if manifest.evaluation.every_steps else None
     signals = Signals(run_url, world)
     if on_start is not None:
         on_start(signals)
@@ -190,34 +191,38 @@ def _train(
             ledger.enter("productive" if step > first else ledger.cause)
             outputs = []
             rival = adversary if adversary and adversary.plays(within) else None
-            for i, batch in enumerate(batches):
-                batch, last = batch.to(world.device), i == len(batches) - 1
-                output = recipe.step(engine.model, batch, stage, teachers)
-                if rival:
-                    output = rival.judge(output, batch.weight)
-                engine.backward(output.loss * batch.weight, last=last)
-                if rival:
-                    output = rival.learn(output, batch.weight, last)
-                outputs.append((batch.weight, output))
+            with flops.step((stage.name, bool(rival), *(tuple(batch.pixels_BCTHW.shape) for batch in batches))):
+                for i, batch in enumerate(batches):
+                    batch, last = batch.to(world.device), i == len(batches) - 1
+                    output = recipe.step(engine.model, batch, stage, teachers)
+                    if rival:
+                        output = rival.judge(output, batch.weight)
+                    engine.backward(output.loss * batch.weight, last=last)
+                    if rival:
+                        output = rival.learn(output, batch.weight, last)
+                    outputs.append((batch.weight, output))
             norm = engine.step(rate)
             if rival and math.isfinite(norm) and not math.isfinite(rivals := rival.step(within)):
                 norm = rivals
             if not math.isfinite(norm):
                 raise InputError(_diverged(step, stage.name, norm, outputs, batches, saver.committed()))
-            telemetry.trained(batches, time.monotonic() - began)
+            telemetry.trained(step, batches, time.monotonic() - began, flops.total)
             telemetry.trace(step, stage.name, batches)
             if step > first:
                 ledger.trained(step)
 
             done = step + 1
             if done % manifest.telemetry.log_every == 0 or done == schedule.steps or done == first + 1:
-                record = {"step": step, "stage": stage.name, **_means(outputs, world), "lr": rate, "grad_norm": norm}
-                place = schedule.plan(step).place + schedule.plan(step).clips
+                means, summed = _reduced(outputs, telemetry.sums(clips.metrics), world)
+                record = {"step": step, "stage": stage.name, **means, "lr": rate, "grad_norm": norm}
+                plan = schedule.plan(step)
+                record["epochs"] = clips.epochs(plan)
+                place = plan.place + plan.clips
                 now = time.monotonic()
                 record["clips_per_second"] = (place - since_place) / max(now - since, 1e-9)
                 record["seconds_per_pixel"] = (now - since) / (schedule.work(done) - schedule.work(since_step))
                 since, since_place, since_step = now, place, done
-                telemetry.log(record, ledger, clips.metrics)
+                telemetry.log(record, summed, ledger, clips.metrics)
             seconds = max(seconds, time.monotonic() - began)
             wish = signals.agreed(margin=LEAVE_SECONDS + 2 * (seconds + saver.seconds))
             due = done % manifest.checkpoint.every_steps == 0 or done == schedule.steps
@@ -227,6 +232,11 @@ def _train(
                     state = {"step": done, "stage": stage.name, "loader": clips.state_dict(done)}
                     engines = adversaries.engines(engine, adversary)
                     saver.save(done, engines, {**state, "ledger": ledger.state(), "manifest": digest})
+            leaving = wish.stop or wish.leave
+            if exam and (done == schedule.steps or (done % exam.every_steps == 0 and not leaving)):
+                heartbeat.at(step, "evaluating")
+                with ledger.span("evaluation"):
+                    telemetry.evaluated(done, *exam.sit(run_url, engine.weights(ema=bool(manifest.ema)), world))
             saver.check()
             _note_commit(saver, ledger, telemetry)
             if wish.stop and done < schedule.steps:
@@ -262,22 +272,23 @@ def _note_commit(saver: checkpoint.Checkpointer, ledger: Ledger, telemetry: Tele
     step = saver.committed()
     if step is not None and step > telemetry.last_commit:
         ledger.commit(step)
-        telemetry.committed(step, ledger)
+        telemetry.committed(step, ledger, saver.bytes, saver.phases)
 
 
-def _ledger(run_url: str) -> Ledger:
-    """Goes on with the run's ledger where the last attempt, or the last command, left it."""
+def _before(run_url: str) -> tuple[Ledger, dict[str, Any]]:
+    """Goes on with the run's ledger and counters where the last attempt, or the last command, left them."""
     lines = read_lines(storage.join(run_url, "metrics.jsonl"), tail_bytes=1 << 16)
     events = read_lines(storage.join(run_url, "events.jsonl"))
     states = [line["ledger"] for line in (*lines, *events) if "ledger" in line]
     last = max(states, key=lambda state: state["time"], default=None)
     launched = max((event["time"] for event in events if event["event"] == "launch"), default=None)
     since = [e["time"] for e in events if e["event"] in ("restart", "resize") and last and e["time"] > last["time"]]
-    return Ledger(last, launched=launched, restarted=min(since, default=None))
+    counters = lines[-1].get("counters", {}) if lines else {}
+    return Ledger(last, launched=launched, restarted=min(since, default=None)), counters
 
 
-def _everyone(world: World, port: int) -> list[dict[str, Any]]:
-    me = {"rank": world.rank, "host": socket.gethostname(), "pid": os.getpid(), "metrics_port": port}
+def _everyone(world: World, address: str) -> list[dict[str, Any]]:
+    me = {"rank": world.rank, "host": socket.gethostname(), "pid": os.getpid(), "metrics": address}
     if world.size == 1:
         return [me]
     everyone: list[Any] = [None] * world.size
@@ -285,27 +296,31 @@ def _everyone(world: World, port: int) -> list[dict[str, Any]]:
     return everyone
 
 
-def _means(outputs: list[tuple[float, Any]], world: World) -> dict[str, Any]:
-    """Loss, terms and statistics of the global batch: sums over ranks and micro-batches, weighted by their shares."""
-    names = [("loss", None)]
+def _reduced(
+    outputs: list[tuple[float, Any]], sums: Mapping[str, float], world: World
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Loss, terms and statistics of the global batch, weighted by shares of it; and ``sums``, summed over ranks."""
+    names = [("loss", "loss")]
     for kind in ("terms", "statistics"):
         names += [(kind, name) for name in sorted({n for _, output in outputs for n in getattr(output, kind)})]
-    total = torch.zeros(len(names), dtype=torch.float64)
+    total = torch.zeros(len(names) + len(sums), dtype=torch.float64)
     for weight, output in outputs:
         for i, (kind, name) in enumerate(names):
-            value = output.loss if name is None else getattr(output, kind).get(name)
+            value = output.loss if kind == "loss" else getattr(output, kind).get(name)
             if value is not None and weight:
                 total[i] += weight * float(value.detach())
+    total[len(names) :] = torch.tensor([*sums.values()], dtype=torch.float64)
     if world.size > 1:
         total = total.to(world.device)
         dist.all_reduce(total)
     record: dict[str, Any] = {"loss": 0.0, "terms": {}, "statistics": {}}
-    for (kind, name), value in zip(names, total.tolist(), strict=True):
-        if name is None:
+    values = total.tolist()
+    for (kind, name), value in zip(names, values, strict=False):
+        if kind == "loss":
             record["loss"] = value
         else:
             record[kind][name] = value
-    return record
+    return record, dict(zip(sums, values[len(names) :], strict=True))
 
 
 def _diverged(step: int, stage: str, norm: float, outputs: list[Any], batches: list[Any], committed: int | None) -> str:

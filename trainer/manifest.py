@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pipelines.contracts import PositiveInt
 from pipelines.faults import InputError, near
 from trainer import recipe as recipes
+from trainer.losses.perceptual import PerceptualSpec
 from trainer.stage import OptimizerSpec, Schedule, Stage
 
 MAX_BYTES = 1 << 20
@@ -115,12 +116,22 @@ class FailureSpec(_Part):
     hang_seconds: Seconds = Field(600, description="A collective that waits longer for a peer ends the attempt.")
 
 
+class EvaluationSpec(_Part):
+    """Evaluation on ``data.eval`` while the run trains, beside its baselines; always once more at the end."""
+
+    every_steps: PositiveInt | None = Field(None, description="Steps between evaluations; null evaluates none.")
+    clips: PositiveInt = Field(16, description="Clips, spread over the dataset: the same ones every time.")
+    lpips: PerceptualSpec = Field(PerceptualSpec(backbone="alex", weights="random"), description="Which LPIPS.")
+
+
 class TelemetrySpec(_Part):
     """What a run says of itself."""
 
     log_every: PositiveInt = Field(10, description="Steps between lines of metrics.jsonl.")
-    bind: str = Field("127.0.0.1", description="Address of the metrics endpoint.")
-    port: Annotated[int, Field(ge=0, le=65535)] = Field(0, description="Its port on rank 0; 0 takes a free one.")
+    bind: str = Field("127.0.0.1", description="Address that metrics are served on.")
+    port: Annotated[int, Field(ge=0, le=65000)] = Field(
+        0, description="Port of the run's own address; local rank n takes port + 1 + n. 0 takes free ones."
+    )
     tensorboard: bool = True
 
 
@@ -184,6 +195,7 @@ class RunManifest(_Part):
     workers: WorkerSpec = WorkerSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
     failure: FailureSpec = FailureSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
     telemetry: TelemetrySpec = TelemetrySpec()
     kubernetes: KubernetesSpec | None = Field(None, description="What `submit --cluster kubernetes` needs beside this.")
     trace: bool = Field(False, description="Write every clip's place and key to trace/*.jsonl.")
@@ -390,6 +402,8 @@ def _joint(manifest: RunManifest) -> list[str]:
     trained = {ref.dataset.rstrip("/") for ref in (*manifest.data.train, *manifest.data.images)}
     if manifest.data.eval and manifest.data.eval.rstrip("/") in trained:
         faults.append(f"data.eval: {manifest.data.eval} is also trained on; hold other videos back")
+    if manifest.evaluation.every_steps and not manifest.data.eval:
+        faults.append("evaluation.every_steps: there is no data.eval to evaluate on; name a dataset there")
     return faults
 
 

@@ -7,6 +7,8 @@ Legend: B clips, C channels (3, RGB), T frames, H height, W width.
 
 from __future__ import annotations
 
+import io
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +20,15 @@ import av
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 ERROR_FULL_SCALE = 64
 """Grey levels of 255 at which the error map reaches its brightest colour."""
 
 PAPER, INK, FAINT, RULE = (250, 250, 248), (28, 28, 30), (110, 110, 116), (222, 222, 220)
+SHEET_WIDTH = 8192
+"""Widest sheet of frames, in pixels: what every browser and encoder takes."""
 VIDEO_CLOCK = 90_000
 """Ticks a second of the mp4's time stamps, so that clips of different frame rates each play at their own."""
 ERROR_COLOURS = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
@@ -174,6 +179,37 @@ def grid(clip: Views, path: str | Path, *, columns: int = 8, panel: int = 160) -
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path)
     return path
+
+
+def sheet(clip: Views, path: str | Path) -> Path:
+    """Writes every frame of every view, pixel for pixel, as tiles of one PNG; returns its path.
+
+    Views stand below one another, each in as many rows of ``columns`` frames as it takes. The file says so itself: the
+    text ``moviola`` is JSON with title, fps, views, frames, height, width and columns. :func:`read_sheet` reads it.
+    """
+    rows = clip.rows()
+    frames, height, width = rows[0][1].shape[:3]
+    columns = max(1, min(frames, SHEET_WIDTH // width))
+    lines = math.ceil(frames / columns)
+    tiles = np.zeros((len(rows) * lines, columns, height, width, 3), np.uint8)
+    for view, (_, frames_THW3) in enumerate(rows):
+        for t, frame_HW3 in enumerate(frames_THW3):
+            tiles[view * lines + t // columns, t % columns] = frame_HW3
+    facts = {"title": clip.title, "fps": clip.fps, "views": [name for name, _ in rows]}
+    facts |= {"frames": frames, "height": height, "width": width, "columns": columns}
+    text = PngInfo()
+    text.add_text("moviola", json.dumps(facts))
+    picture = Image.fromarray(tiles.transpose(0, 2, 1, 3, 4).reshape(-1, columns * width, 3))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, pnginfo=text)
+    return path
+
+
+def read_sheet(data: bytes) -> tuple[dict[str, Any], Image.Image]:
+    """What a :func:`sheet` says of itself, and its tiles."""
+    with Image.open(io.BytesIO(data)) as opened:
+        return json.loads(opened.info["moviola"]), opened.convert("RGB")
 
 
 def _label(name: str, clip: Views) -> list[str]:

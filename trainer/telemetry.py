@@ -9,17 +9,23 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
+from prometheus_client import CollectorRegistry, start_http_server
 
 from pipelines import storage
 from pipelines.contracts import Batch
-from pipelines.faults import InputError
+from pipelines.faults import FaultBudget, InputError
+from trainer.board import Board
+from trainer.manifest import RunManifest
+from trainer.metrics import EVALUATED, Counts, RankMetrics, RunMetrics
+from trainer.pictures import Views
 
 Cause = Literal[
     "startup", "productive", "data_wait", "checkpoint", "evaluation", "lost",
@@ -139,22 +145,30 @@ class Appender:
     def __init__(self, interval: float = 5.0) -> None:
         self._interval = interval
         self._lines: dict[str, list[str]] = {}
+        self._written: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._writing = threading.Lock()
         self._closing = threading.Event()
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
 
-    def line(self, url: str, record: Mapping[str, Any]) -> None:
-        """Appends one JSON line; floats keep full precision, NaN and infinities become strings."""
+    def line(self, url: str, record: Mapping[str, Any], written: Callable[[], None] | None = None) -> None:
+        """Appends one JSON line; floats keep full precision, NaN and infinities become strings.
+
+        ``written`` is called once it is on storage.
+        """
         if self._error is not None:
             raise self._error
         text = json.dumps(_plain(record)) + "\n"
         if not storage.is_remote(url):
             storage.append_text(url, text)
+            if written is not None:
+                written()
             return
         with self._lock:
             self._lines.setdefault(url, []).append(text)
+            if written is not None:
+                self._written.append(written)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="appender", daemon=True)
                 self._thread.start()
@@ -164,8 +178,11 @@ class Appender:
         with self._writing:
             with self._lock:
                 waiting, self._lines = self._lines, {}
+                written, self._written = self._written, []
             for url, lines in waiting.items():
                 storage.append_text(url, "".join(lines))
+            for call in written:
+                call()
 
     def close(self) -> None:
         """Writes everything and ends the thread; raises what the thread met."""
@@ -195,135 +212,111 @@ def _plain(value: Any) -> Any:
     return value
 
 
-class Metrics:
-    """The Prometheus metrics of one rank, under ``moviola_``, in base units."""
-
-    def __init__(self, run: str, rank: int) -> None:
-        self.registry = CollectorRegistry()
-        kept = {"labelnames": ("run", "rank"), "registry": self.registry}
-
-        def gauge(name: str, text: str) -> Any:
-            return Gauge(f"moviola_{name}", text, **kept).labels(run, str(rank))
-
-        def counter(name: str, text: str) -> Any:
-            return Counter(f"moviola_{name}", text, **kept).labels(run, str(rank))
-
-        self.step = gauge("step", "Optimizer steps of the run so far.")
-        self.attempt = gauge("attempt", "Number of this attempt; 1 is the first.")
-        self.loss = Gauge("moviola_loss", "Loss terms.", ("run", "rank", "term"), registry=self.registry)
-        self.learning_rate = gauge("learning_rate", "Learning rate of the last step.")
-        self.gradient_norm = gauge("gradient_norm", "Global gradient norm before clipping.")
-        self.clips_per_second = gauge("clips_per_second", "Clips of the whole run trained on a second.")
-        self.last_commit_step = gauge("last_commit_step", "Step of the newest committed checkpoint.")
-        self.last_commit_time = gauge("last_commit_timestamp_seconds", "When it was committed.")
-        self.uncommitted = gauge("uncommitted_seconds", "Seconds of training that no checkpoint holds yet.")
-        self.read_ahead = gauge("read_ahead_clips", "Clips that are read or being read ahead of training.")
-        self.read_ahead_bytes = gauge("read_ahead_bytes", "Memory that the read-ahead holds.")
-        self.steps = counter("steps", "Optimizer steps of this process.")
-        self.clips = counter("clips", "Clips that this rank trained on.")
-        self.frames = counter("frames", "Frames that this rank trained on.")
-        self.bytes_read = counter("read_bytes", "Bytes fetched from storage by the loader.")
-        self.retries = counter("storage_retries", "Storage requests that were tried again.")
-        self.step_seconds = Histogram(
-            "moviola_step_seconds",
-            "Time of one optimizer step, without data wait.",
-            buckets=tuple(0.01 * 2**i for i in range(14)),
-            **kept,
-        ).labels(run, str(rank))
-        self._goodput = Counter(
-            "moviola_goodput_seconds", "Seconds of the run by cause.", ("run", "cause"), registry=self.registry
-        )
-        self._skipped = Counter(
-            "moviola_skipped_clips", "Clips skipped, by reason.", ("run", "rank", "reason"), registry=self.registry
-        )
-        self.info = Info("moviola_run", "What runs.", ("run",), registry=self.registry).labels(run)
-        self._run, self._rank = run, str(rank)
-
-    def ledger(self, state: Mapping[str, Any]) -> None:
-        """Raises the goodput counters to the ledger's seconds."""
-        self.uncommitted.set(state["uncommitted"])
-        for cause, seconds in state["seconds"].items():
-            _raise_to(self._goodput.labels(self._run, cause), seconds)
-
-    def loader(self, state: Any) -> None:
-        """Takes over the loader's own counters."""
-        _raise_to(self.bytes_read, state.bytes_fetched)
-        _raise_to(self.retries, state.retries)
-        self.read_ahead.set(state.read_ahead_clips)
-        self.read_ahead_bytes.set(state.read_ahead_bytes)
-        for reason, count in state.skips.items():
-            _raise_to(self._skipped.labels(self._run, self._rank, reason), count)
-
-    def terms(self, values: Mapping[str, float]) -> None:
-        """Sets the loss terms and statistics of a logged step."""
-        for term, value in values.items():
-            self.loss.labels(self._run, self._rank, term).set(value)
-
-
-def _raise_to(counter: Any, value: float) -> None:
-    ahead = value - counter._value.get()
-    if ahead > 0:
-        counter.inc(ahead)
-
-
 class Telemetry:
-    """One rank's telemetry of one attempt; ``rank`` 0 also writes the run's files."""
+    """One rank's telemetry of one attempt; ``rank`` 0 also writes the run's files.
+
+    ``before`` are the run's counters as the attempts before left them. ``alone`` says that no launcher follows the run
+    and shows its metrics: then rank 0 serves them beside its own.
+    """
 
     def __init__(
-        self, *, name: str, run_url: str, rank: int, world: int, attempt: int, trace: bool, bind: str, port: int,
-        tensorboard: bool = False,
+        self, manifest: RunManifest, run_url: str, *, rank: int = 0, world: int = 1, attempt: int = 1,
+        before: Mapping[str, Any] | None = None, alone: bool = False,
     ) -> None:  # fmt: skip
         self.run_url, self.rank, self.world, self.attempt = run_url, rank, world, attempt
-        self.metrics = Metrics(name, rank)
-        self.metrics.attempt.set(attempt)
+        self.budget = FaultBudget(manifest.data.skip_budget)
+        self.metrics = RankMetrics(manifest.name, rank, self.budget)
         self.last_commit = -1
+        self._counts = Counts(before)
         self._appender = Appender()
         self._trace_url = storage.join(run_url, "trace", f"rank-{rank:05d}-attempt-{attempt:04d}.jsonl")
-        self._trace = trace
-        self._server, self._thread = start_http_server(
-            port if rank == 0 else 0, addr=bind, registry=self.metrics.registry
-        )
-        self.port = self._server.server_port
-        self._board = _board(run_url) if tensorboard and rank == 0 else None
+        self._trace = manifest.trace
+        registry = CollectorRegistry()
+        registry.register(self.metrics)
+        self._run: RunMetrics | None = None
+        if alone and rank == 0:
+            self._run = RunMetrics(manifest)
+            self._run.take(*(read_lines(storage.join(run_url, f"{name}.jsonl")) for name in ("events", "metrics")))
+            registry.register(self._run)
+        bind, port = manifest.telemetry.bind, manifest.telemetry.port
+        wanted = port and port + (0 if self._run else 1 + int(os.environ.get("LOCAL_RANK", "0")))
+        try:
+            self._server, self._thread = start_http_server(wanted, addr=bind, registry=registry)
+        except OSError as error:
+            if not wanted:
+                raise
+            self._server, self._thread = start_http_server(0, addr=bind, registry=registry)
+            self.event("warning", message=f"rank {rank} can't serve its metrics on port {wanted}: {error.strerror}")
+        self.address = f"{reachable(bind)}:{self._server.server_port}"
+        self._board = Board(run_url) if manifest.telemetry.tensorboard and rank == 0 else None
+        self._since = time.monotonic()
+        self._steps, self._waited, self._computed = 0, 0.0, 0.0
 
     def event(self, kind: str, **fields: Any) -> None:
         """Appends a line to events.jsonl (rank 0 only)."""
         if self.rank == 0:
             record = {"time": time.time(), "event": kind, "attempt": self.attempt, **fields}
-            self._appender.line(storage.join(self.run_url, "events.jsonl"), record)
+            self._line("events", record, lambda run: run.take([record], ()))
 
-    def trained(self, batches: Sequence[Batch], seconds: float) -> None:
-        """Counts one optimizer step of ``seconds``, data wait not included."""
-        clips = sum(len(batch.places) for batch in batches if batch.weight > 0)
-        self.metrics.steps.inc()
-        self.metrics.step_seconds.observe(seconds)
-        self.metrics.clips.inc(clips)
-        self.metrics.frames.inc(sum(b.pixels_BCTHW.shape[0] * b.pixels_BCTHW.shape[2] for b in batches if b.weight > 0))
+    def _line(self, log: str, record: Mapping[str, Any], show: Callable[[RunMetrics], None]) -> None:
+        run = self._run
+        shown = (lambda: show(run)) if run is not None else None
+        self._appender.line(storage.join(self.run_url, f"{log}.jsonl"), record, shown)
 
-    def committed(self, step: int, ledger: Ledger) -> None:
-        """Notes that a checkpoint of ``step`` is committed."""
+    def trained(self, step: int, batches: Sequence[Batch], seconds: float, flops: float) -> None:
+        """Counts one optimizer step of ``seconds``, data wait not included; ``flops`` are this rank's so far."""
+        self.metrics.step = step + 1
+        own = self._counts.own
+        for batch in batches:
+            if batch.weight > 0:
+                own["clips"] += len(batch.places)
+                own["frames"] += batch.pixels_BCTHW.shape[0] * batch.pixels_BCTHW.shape[2]
+        own["flops"] = flops
+        self._counts.steps += 1
+        self._counts.step_seconds.add(seconds)
+        self._steps += 1
+        self._computed += seconds
+
+    def sums(self, loader_metrics: Any) -> Mapping[str, float]:
+        """What this rank has counted in this attempt; the same names on every rank, for a sum over ranks."""
+        self._counts.loader(loader_metrics)
+        return self._counts.own
+
+    def committed(
+        self, step: int, ledger: Ledger, size: int | None = None, phases: Mapping[str, float] | None = None
+    ) -> None:
+        """Notes that a checkpoint of ``step`` is committed: its bytes, and the seconds that each phase took."""
         self.last_commit = step
-        self.metrics.last_commit_step.set(step)
-        self.metrics.last_commit_time.set(time.time())
-        self.event("commit", step=step, ledger=ledger.state())
+        self._counts.commits += 1
+        self.event("commit", step=step, bytes=size, seconds=dict(phases or {}), ledger=ledger.state())
 
-    def log(self, record: Mapping[str, Any], ledger: Ledger, loader_metrics: Any) -> None:
-        """One logged step: a line of metrics.jsonl, the gauges, TensorBoard."""
-        state = ledger.state()
-        self.metrics.step.set(record["step"])
-        self.metrics.ledger(state)
-        self.metrics.loader(loader_metrics)
-        self.metrics.terms({"loss": record["loss"], **record["terms"], **record["statistics"]})
-        self.metrics.learning_rate.set(record["lr"])
-        self.metrics.gradient_norm.set(record["grad_norm"])
-        self.metrics.clips_per_second.set(record["clips_per_second"])
-        if self.rank == 0:
-            line = {"attempt": self.attempt, "world": self.world, **record, "time": state["time"], "ledger": state}
-            self._appender.line(storage.join(self.run_url, "metrics.jsonl"), line)
+    def evaluated(self, step: int, values: Mapping[str, Any], views: Sequence[Views]) -> None:
+        """Notes what was measured on the weights of ``step`` optimizer steps, and shows some of its clips."""
+        named = (*EVALUATED, "lpips_backbone", "clips")
+        baselines = {name: {k: line[k] for k in EVALUATED} for name, line in values["baselines"].items()}
+        self.event("evaluation", step=step, **{name: values[name] for name in named}, baselines=baselines)
         if self._board is not None:
-            scalars = {"loss": record["loss"], "lr": record["lr"], "grad_norm": record["grad_norm"]}
-            for tag, value in {**scalars, **record["terms"], **record["statistics"]}.items():
-                self._board.add_scalar(f"train/{tag}", value, record["step"])
+            self._board.scalars("evaluation", step, {name: values[name] for name in EVALUATED})
+            self._board.pictures(step, views)
+
+    def log(self, record: Mapping[str, Any], summed: Mapping[str, float], ledger: Ledger, loader_metrics: Any) -> None:
+        """One logged step: a line of metrics.jsonl, the gauges, TensorBoard. ``summed`` are all ranks' ``sums``."""
+        now, wait = time.monotonic(), loader_metrics.wait_seconds
+        self.metrics.waited = (wait - self._waited) / max(1, self._steps)
+        self.metrics.computed = self._computed / max(1, self._steps)
+        self.metrics.loader = loader_metrics
+        self._counts.rank_seconds += self.world * (now - self._since)
+        self._steps, self._waited, self._computed, self._since = 0, wait, 0.0, now
+        if self.rank == 0:
+            state = ledger.state()
+            line = {
+                "attempt": self.attempt, "world": self.world, **record, "counters": self._counts.total(summed),
+                "time": state["time"], "ledger": state,
+            }  # fmt: skip
+            self._line("metrics", line, lambda run: run.take((), [line]))
+        if self._board is not None:
+            scalars = {name: record[name] for name in ("loss", "lr", "grad_norm", "clips_per_second")}
+            self._board.scalars("train", record["step"], {**scalars, **record["terms"], **record["statistics"]})
 
     def trace(self, step: int, stage: str, batches: Sequence[Batch]) -> None:
         """One line: which clips this rank trained on at this step."""
@@ -344,6 +337,9 @@ class Telemetry:
     def flush(self) -> None:
         """Brings every line to storage; called before a commit, so that no committed step lacks its lines."""
         self._appender.flush()
+        if self._board is not None:
+            with contextlib.suppress(InputError):  # pictures are no reason to lose a checkpoint
+                self._board.flush()
 
     def __enter__(self) -> Telemetry:
         return self
@@ -365,12 +361,14 @@ class Telemetry:
             self._server.server_close()
 
 
-def _board(run_url: str) -> Any:
-    if "://" in run_url and not run_url.startswith("file://"):
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(storage.join(run_url, "tensorboard").removeprefix("file://"))
+def reachable(bind: str) -> str:
+    """Where others find what is bound to that address: the machine's own address where it is bound to all of them."""
+    if bind not in ("", "0.0.0.0", "::"):
+        return bind
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect(("192.0.2.1", 9))  # sends nothing; picks the interface that leads outside
+        return probe.getsockname()[0]
+    return socket.gethostname()
 
 
 def read_lines(url: str, tail_bytes: int | None = None) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from tests.trainer import processes
-from trainer import checkpoint, manifest, trace
+from trainer import checkpoint, examine, manifest, pictures, trace
 from trainer.checkpoint import Checkpoint
 from trainer.telemetry import read_lines
 
@@ -293,3 +293,24 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_provenance(runs: Runs) 
     assert re.fullmatch(r"small/shard-\d{6}\.tar/\S+(, small/shard-\d{6}\.tar/\S+)*", clips)
     assert "Lower optimizer.lr" in said and "Traceback" not in said
     assert [line["step"] for line in runs.lines("diverged")] == [0], "a step that was not made is not logged"
+
+
+def test_evaluating_on_the_way_changes_no_bit(runs: Runs, whole: Callable[[int], str], small_dataset: Path) -> None:
+    held_back = runs.folder / "held-back"
+    shutil.copytree(small_dataset, held_back)
+    runs.train("evaluated", 2, f"data.eval={held_back}", "evaluation={every_steps: 6, clips: 3}", "zero.stage=3")
+    same(runs, "evaluated", whole(3))
+    events = runs.lines("evaluated", "events")
+    found = [event for event in events if event["event"] == "evaluation"]
+    assert [event["step"] for event in found] == [6, LAST]
+    assert all(event["clips"] == 3 and event["psnr_db"] > 5 for event in found)
+    assert found[0]["psnr_db"] != found[1]["psnr_db"] and found[0]["baselines"] == found[1]["baselines"]
+    assert events[-1]["ledger"]["seconds"]["evaluation"] > 0
+    adds_up(runs, "evaluated")
+    url = runs.url("evaluated")
+    assert json.loads(Path(url, "evaluation.json").read_text())["psnr_db"] == found[1]["psnr_db"]
+    again = examine.evaluate_checkpoint(url, str(held_back), count=3).values
+    assert again["psnr_db"] == found[1]["psnr_db"], "the averaged weights, shared out over two ranks, by one process"
+    facts, tiles = pictures.read_sheet(Path(url, "samples/frames-00.png").read_bytes())
+    assert facts["views"][:2] == ["original", "reconstruction"] and facts["views"][-1] == "error"
+    assert tiles.size == (facts["columns"] * 32, len(facts["views"]) * 32)

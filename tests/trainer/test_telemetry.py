@@ -1,9 +1,17 @@
 """The goodput ledger adds up, survives deaths, and no counter falls."""
 
-import json
 import math
+import re
+import socket
 import urllib.request
 
+import pytest
+import torch
+
+from pipelines.contracts import Batch, BatchPlan, ClipRule, Source
+from pipelines.loader import LoaderMetrics
+from trainer import manifest
+from trainer.metrics import Histogram, RunMetrics
 from trainer.telemetry import CAUSES, Appender, Ledger, Telemetry, goodput, read_lines
 
 
@@ -81,19 +89,120 @@ def test_a_torn_last_line_is_left_out(tmp_path):
     assert read_lines(str(tmp_path / "absent.jsonl")) == []
 
 
-def test_metrics_are_served_on_loopback_and_counters_only_rise(tmp_path):
-    telemetry = Telemetry(
-        name="r", run_url=str(tmp_path), rank=0, world=1, attempt=2, trace=False, bind="127.0.0.1", port=0
-    )
+@pytest.fixture
+def run(small_dataset, tmp_path):
+    plain = {"name": "r", "recipe": "arvae", "data": {"train": str(small_dataset)}, "batch": 4}
+    plain["telemetry"] = {"tensorboard": False}
+    return manifest.validate(plain, "m"), str(tmp_path)
+
+
+def page(telemetry):
+    return urllib.request.urlopen(f"http://{telemetry.address}/metrics").read().decode()
+
+
+def batch(frames):
+    plan = BatchPlan(0, "first-frame", 0, 2, "video", 0, (4, 4), ClipRule(frames=frames, sizes=((4, 4),)))
+    sources = (Source("d", "s", "k"),) * 2
+    return Batch(torch.zeros(2, 3, frames, 4, 4), torch.ones(2), torch.zeros(2), (0, 1), sources, plan, 1.0, 0)
+
+
+def logged(telemetry, step, loader):
+    means = {"loss": 0.5, "terms": {"mse": 0.25, "kl": 3.0}, "statistics": {"logits_real": 1.5, "flow_pixels": 2.0}}
+    record = {"step": step, "stage": "first-frame", **means, "lr": 0.1, "grad_norm": 1.0, "epochs": {"small": 0.5}}
+    record |= {"clips_per_second": 8.0, "seconds_per_pixel": 1e-9}
+    telemetry.log(record, telemetry.sums(loader), Ledger(), loader)
+
+
+def samples(text):
+    """Sample -> value."""
+    lines = (line.rpartition(" ") for line in text.splitlines() if line.startswith("moviola_"))
+    return {name: float(value) for name, _, value in lines}
+
+
+def test_counters_go_on_where_the_attempt_before_left_them(run):
+    made, url = run
+    loader = LoaderMetrics(bytes_fetched=100, retries=2, wait_seconds=0.5, skips={"short": 3, "odd": 1})
+    first = Telemetry(made, url, attempt=1, alone=True)
     try:
-        ledger = {"seconds": dict.fromkeys(CAUSES, 3.0), "uncommitted": 1.0}
-        telemetry.metrics.ledger(ledger)
-        telemetry.metrics.ledger({"seconds": dict.fromkeys(CAUSES, 2.0), "uncommitted": 0.0})
-        telemetry.event("start", from_step=7)
-        page = urllib.request.urlopen(f"http://127.0.0.1:{telemetry.port}/metrics").read().decode()
+        first.trained(0, [batch(3)], 0.015, 1e6)
+        logged(first, 0, loader)
+        before = samples(page(first))
+        assert before['moviola_clips_total{run="r"}'] == 2
+        assert before['moviola_frames_total{run="r"}'] == 6
+        first.trained(1, [batch(3)], 0.015, 1e6)
+        assert samples(page(first))['moviola_clips_total{run="r"}'] == 2, "what no line holds yet is not shown"
+    finally:
+        first.close()
+
+    left = read_lines(url + "/metrics.jsonl")[-1]["counters"]
+    again = Telemetry(made, url, attempt=2, before=left, alone=True)
+    try:
+        shown = samples(page(again))
+        fallen = [name for name in before if "_total" in name and shown[name] < before[name]]
+        assert not fallen
+        again.trained(1, [batch(3)], 1.0, 1e6)
+        logged(again, 1, LoaderMetrics(bytes_fetched=10, skips={"short": 1}))
+        shown = samples(page(again))
+    finally:
+        again.close()
+    label = '{run="r"}'
+    assert shown["moviola_steps_total" + label] == 2
+    assert shown["moviola_read_bytes_total" + label] == 110
+    assert shown["moviola_storage_retries_total" + label] == 2
+    assert shown["moviola_data_wait_seconds_total" + label] == 0.5
+    assert shown["moviola_flops_total" + label] == 2e6
+    assert shown['moviola_skipped_clips_total{reason="short",run="r"}'] == 4
+    assert shown['moviola_skipped_clips_total{reason="other",run="r"}'] == 1
+    assert shown['moviola_step_seconds_bucket{le="0.02",run="r"}'] == 1
+    assert shown['moviola_step_seconds_bucket{le="+Inf",run="r"}'] == 2
+    assert shown['moviola_loss{run="r",term="mse"}'] == 0.25
+    assert shown['moviola_latent_kl{run="r"}'] == 3
+    assert shown['moviola_adversary_logit{run="r",side="real"}'] == 1.5
+    assert shown['moviola_statistic{run="r",statistic="flow_pixels"}'] == 2
+    assert shown['moviola_stage{run="r",stage="first-frame"}'] == 1
+    assert shown['moviola_memory_bytes{kind="resident",rank="0",run="r"}'] > 1e7
+
+
+def test_a_rank_under_a_launcher_serves_its_own_gauges_alone(run):
+    made, url = run
+    telemetry = Telemetry(made, url, rank=1, world=2)
+    try:
+        names = {name.partition("{")[0] for name in samples(page(telemetry))}
     finally:
         telemetry.close()
-    assert 'moviola_goodput_seconds_total{cause="productive",run="r"} 3.0' in page
-    assert 'moviola_attempt{rank="0",run="r"} 2.0' in page
-    event = json.loads((tmp_path / "events.jsonl").read_text())
-    assert event["event"] == "start" and event["from_step"] == 7 and event["attempt"] == 2
+    assert names == {"moviola_rank_step", "moviola_skip_budget_ratio", "moviola_memory_bytes"}
+    assert telemetry.address.startswith("127.0.0.1:")
+
+
+def test_a_port_that_is_taken_is_said_and_another_one_found(run):
+    made, url = run
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        made = made.model_copy(update={"telemetry": made.telemetry.model_copy(update={"port": port})})
+        telemetry = Telemetry(made, url, alone=True)
+        try:
+            assert page(telemetry) and not telemetry.address.endswith(f":{port}")
+        finally:
+            telemetry.close()
+    (event,) = read_lines(url + "/events.jsonl")
+    assert f"can't serve its metrics on port {port}" in event["message"]
+
+
+def test_counts_and_names_follow_prometheus_rules(run):
+    made, _ = run
+    histogram = Histogram()
+    for seconds in (0.001, 0.01, 0.011, 1e9):
+        histogram.add(seconds)
+    assert (histogram.counts[0], histogram.counts[1], histogram.counts[-1]) == (2, 1, 1)
+    start = {"event": "start", "time": 1.0, "attempt": 1, "world": 2, "workers": [{"rank": 0}]}
+    metrics = RunMetrics(made)
+    metrics.take([start, {"event": "restart", "time": 2.0, "cause": "killed", "attempt": 0}], [])
+    assert metrics.workers == [{"rank": 0}]
+    text = {}
+    for family in metrics.collect():
+        assert re.fullmatch(r"moviola_[a-z_]+", family.name) and family.documentation.endswith(".")
+        text |= {(s.name, *sorted(s.labels.items())): s.value for s in family.samples}
+    assert text["moviola_restarts_total", ("cause", "killed"), ("run", "r")] == 1
+    assert text["moviola_run_state", ("run", "r"), ("state", "running")] == 1
+    metrics.take([{"event": "done", "time": 3.0, "attempt": 1}], [])
+    assert metrics.workers == [], "a run that is over has nothing to scrape"
