@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from cluster import runs
+from cluster.service import Service
 from pipelines import storage
 from pipelines.faults import InputError
 from trainer import checkpoint
@@ -170,6 +171,9 @@ def foreground(manifest: RunManifest, run_url: str, console: Console, watch: Wat
     if checkpoint.newest_step(run_url) == manifest.schedule.steps:
         _note(run_url, "done", step=manifest.schedule.steps)
         return "done"
+    service = Service(manifest, run_url)
+    _note(run_url, "serving", address=service.address)
+    console.print(f"metrics for Prometheus, and a report: http://{service.address}/targets, /report")
     events, metrics = (Follower(storage.join(run_url, f"{name}.jsonl")) for name in ("events", "metrics"))
     stops = 0
 
@@ -215,24 +219,28 @@ def foreground(manifest: RunManifest, run_url: str, console: Console, watch: Wat
             while alive:
                 thread.join(0.3 if not storage.is_remote(run_url) else 2.0)
                 alive = thread.is_alive()
-                happened = [event for event in events.new() if ours(event)]
-                logged = [line for line in metrics.new() if line["attempt"] in attempts]
+                all_events, all_lines = events.new(), metrics.new()
+                service.take(all_events, all_lines)
+                happened = [event for event in all_events if ours(event)]
+                logged = [line for line in all_lines if line["attempt"] in attempts]
                 show(happened, logged)
                 if watch is not None:
                     watch(happened, logged)
+        if failure:
+            fault = _fault(failure[0], manifest, run_url)
+            if not isinstance(fault, Fenced):
+                with contextlib.suppress(InputError):  # storage that can't be written may be the fault
+                    _note(run_url, "failed", message=storage.redact(str(fault)))
+            raise fault
+        return outcome[0]
     except SystemExit:  # Ray's answer to SIGTERM while it starts
         _note(run_url, "stopped", step=checkpoint.newest_step(run_url) or 0)
         return "stopped"
     finally:
+        service.take(events.new(), ())
+        service.close(hurry=lambda: stops > 1)
         for number, handler in before.items():
             signal.signal(number, handler)
-    if outcome:
-        return outcome[0]
-    fault = _fault(failure[0], manifest, run_url)
-    if not isinstance(fault, Fenced):
-        with contextlib.suppress(InputError):  # storage that can't be written may be the fault
-            _note(run_url, "failed", message=storage.redact(str(fault)))
-    raise fault
 
 
 def _note(run_url: str, event: str, **fields: Any) -> None:

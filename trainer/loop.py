@@ -205,6 +205,7 @@ def _train(
             if rival and math.isfinite(norm) and not math.isfinite(rivals := rival.step(within)):
                 norm = rivals
             if not math.isfinite(norm):
+                telemetry.event("diverged", step=step, stage=stage.name)
                 raise InputError(_diverged(step, stage.name, norm, outputs, batches, saver.committed()))
             telemetry.trained(step, batches, time.monotonic() - began, flops.total)
             telemetry.trace(step, stage.name, batches)

@@ -147,6 +147,7 @@ class RunMetrics(Collector):
         self._commit: Mapping[str, Any] | None = None
         self._start: Mapping[str, Any] | None = None
         self._state = "new"
+        self._diverged = False
         self._restarts: dict[str, int] = {"killed": 0, "preempted": 0, "error": 0}
 
     def take(self, events: Iterable[Mapping[str, Any]], lines: Iterable[Mapping[str, Any]]) -> None:
@@ -155,7 +156,8 @@ class RunMetrics(Collector):
             for event in events:
                 kind = event["event"]
                 if kind in ("launch", "start"):
-                    self._state = "running"
+                    self._state, self._diverged = "running", False
+                self._diverged = self._diverged or kind == "diverged"
                 if kind in STATES:
                     self._state = kind
                 if kind == "restart":
@@ -186,12 +188,13 @@ class RunMetrics(Collector):
             line, ledger, evaluation, commit, start = (
                 self._line, self._ledger, self._evaluation, self._commit, self._start,
             )  # fmt: skip
-            state, restarts = self._state, dict(self._restarts)
+            state, diverged, restarts = self._state, self._diverged, dict(self._restarts)
         info = InfoMetricFamily("moviola_run", "What runs.", labels=["run"])
         info.add_metric([run.name], {"recipe": run.recipe, "digest": run.digest(), "address": self._address})
         made.add(info)
         for name in STATES:
             made.gauge("run_state", "1 for the state that the run is in.", name == state, state=name)
+        made.gauge("diverged", "1 where a loss or gradient was not finite; the run ended with it.", diverged)
         for cause, count in restarts.items():
             made.counter("restarts", "Restarts of the worker group, by cause.", count, cause=cause)
         made.gauge("planned_steps", "Optimizer steps that the manifest asks for.", run.schedule.steps)

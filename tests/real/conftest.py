@@ -28,6 +28,14 @@ def _fetched(script: str) -> None:
         pytest.skip(reason)
 
 
+@pytest.fixture(scope="session")
+def prometheus_programs() -> Path:
+    """The folder of Debian's prometheus and promtool."""
+    _fetched("prometheus.sh")
+    found = subprocess.run([SCRIPTS / "prometheus.sh", "path"], capture_output=True, text=True, check=True)
+    return Path(found.stdout.strip())
+
+
 @dataclass(frozen=True)
 class ObjectStore:
     """A running object store; ``env`` is what a client process needs to find it."""
