@@ -23,7 +23,7 @@ from pipelines import storage
 from pipelines.faults import InputError
 from trainer.manifest import RunManifest
 from trainer.metrics import RunMetrics
-from trainer.telemetry import read_lines, reachable
+from trainer.telemetry import reachable, read_lines
 
 WATCHED_SECONDS = 120.0
 """Who has asked for the targets so lately counts as watching."""

@@ -163,7 +163,7 @@ def run() -> builders.Dashboard:
     ))  # fmt: skip
     made.with_panel(curves("Gradient norm", "short", (of_run("gradient_norm"), "before clipping"), log=True))
     made.with_panel(curves("Learning rate", "sci", (of_run("learning_rate"), "learning rate")))
-    made.with_panel(curves("Of a step", "short", (of_run("statistic"), "{{statistic}}"), text="The recipe's own figures."))
+    made.with_panel(curves("Of a step", "short", (of_run("statistic"), "{{statistic}}"), text="The recipe's own."))
     made.with_panel(curves(
         "Adversary: logits", "short", (of_run("adversary_logit"), "{{side}}"),
         text="Real and fake apart: the adversary wins. On top of each other: it has lost.", span=8,
@@ -179,16 +179,20 @@ def run() -> builders.Dashboard:
     quantiles = [(f"histogram_quantile({q}, {buckets})", f"{q:.0%}") for q in (0.5, 0.95, 0.99)]
     made.with_panel(curves("Time of a step", "s", *quantiles, text="Quantiles; data wait is not in it."))
     flops = f"rate({of_run('flops_total')}{rate})"
-    made.with_panel(curves("Achieved", "flops", (flops, "all ranks"), text="FLOP/s of products, convolutions, attention."))
+    made.with_panel(curves("Achieved", "flops", (flops, "all"), text="FLOP/s in convolutions, products, attention."))
     made.with_panel(curves("Step by rank", "s", (of_rank("rank_step_seconds"), "rank {{rank}}")))
     made.with_panel(curves("Data wait by rank", "s", (of_rank("rank_data_wait_seconds"), "rank {{rank}}")))
     made.with_panel(curves("Memory by rank", "bytes", (of_rank("memory_bytes"), "{{kind}} {{rank}}")))
 
     made.with_row(builders.Row("Is it healthy?"))
     causes = f"sum by (cause) (rate({of_run('goodput_seconds_total')}{rate}))"
-    made.with_panel(curves("Where time goes", "percentunit", (causes, "{{cause}}"), stacked=True, text="Seconds a second."))
+    made.with_panel(
+        curves("Where time goes", "percentunit", (causes, "{{cause}}"), stacked=True, text="Seconds a second.")
+    )
     made.with_panel(bars("Where all of it went", "s", of_run("goodput_seconds_total"), "{{cause}}"))
-    made.with_panel(curves("Restarts", "none", (of_run("restarts_total"), "{{cause}}"), text="Since the run's start."))
+    made.with_panel(
+        curves("Restarts by cause", "none", (of_run("restarts_total"), "{{cause}}"), text="Since the run's start.")
+    )
     made.with_panel(curves(
         "Checkpoint", "s", (of_run("checkpoint_phase_seconds"), "{{phase}}"), stacked=True,
         text="What the newest one took, behind training.",
@@ -276,10 +280,12 @@ def fleet() -> builders.Dashboard:
     goodput = GOODPUT.format(run="$run", window="$__rate_interval")
     limits: Steps = [(None, RED), (0.7, GREEN)]
     made.with_panel(curves("Goodput", "percentunit", (goodput, "{{run}}"), limits=limits, span=12))
-    made.with_panel(curves("Speed", "short", (f"moviola_clips_per_second{{{some}}}", "{{run}}"), text="Clips a second.", span=12))
+    made.with_panel(
+        curves("Speed", "short", (f"moviola_clips_per_second{{{some}}}", "{{run}}"), text="Clips a second.", span=12)
+    )
     lost = f'sum by (run) (increase(moviola_goodput_seconds_total{{cause=~"lost|recovery.*",{some}}}[1h]))'
     made.with_panel(curves("Lost and recovering", "s", (lost, "{{run}}"), text="Seconds of the last hour.", span=12))
-    made.with_panel(curves("Cost", "short", (cost, "{{run}}"), span=12))
+    made.with_panel(curves("Cost by run", "short", (cost, "{{run}}"), span=12))
     return made
 
 

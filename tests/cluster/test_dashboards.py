@@ -1,4 +1,4 @@
-"""Dashboards are what their code builds, pass Grafana's schema, and ask for metrics that there are; so do the alerts."""
+"""Dashboards are what their code builds, pass Grafana's schema, and ask, as alerts do, for metrics that there are."""
 
 import json
 import re
