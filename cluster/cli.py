@@ -317,6 +317,34 @@ def fingerprint(checkpoint: CheckpointUrl, runs: Runs = "./runs", as_json: Json 
 
 
 @app.command()
+def report(
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Names or paths of runs; several are compared.", show_default=False),
+    ],
+    to: Annotated[
+        str | None, typer.Option("-o", "--out", metavar="FILE.html", help="By default report.html of the first run.")
+    ] = None,
+    runs: Runs = "./runs",
+) -> None:
+    """One HTML page to send to a colleague: curves, time, quality, clips that play. It needs nothing but itself."""
+    from cluster import report as reports
+
+    urls = [_run(name, runs)[2] for name in names]
+    to = to or storage.join(urls[0], "report.html")
+    storage.write_bytes(to, reports.render(urls).encode())
+    err.print(storage.redact(to))
+
+
+@app.command()
+def watch(run: RunName, runs: Runs = "./runs") -> None:
+    """A live page of a run in the terminal, from its storage: progress, loss, quality, speed, goodput, events."""
+    from cluster import watch as watching
+
+    watching.watch(_run(run, runs)[2], out)
+
+
+@app.command()
 def pack(
     source: Annotated[str, typer.Argument(metavar="VIDEO_DIR_OR_LIST", help="Folder, list file or s3:// prefix.")],
     dest: Annotated[str, typer.Argument(metavar="DEST", help="Where the dataset goes: a folder or s3://.")],

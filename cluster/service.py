@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -39,12 +40,11 @@ class Service:
         bind, port = manifest.telemetry.bind, manifest.telemetry.port
         handler = type("Handler", (_Handler,), {"service": self})
         try:
-            self._server = ThreadingHTTPServer((bind, port), handler)
+            self._server = _Server((bind, port), handler)
         except OSError:
             if not port:
                 raise
-            self._server = ThreadingHTTPServer((bind, 0), handler)
-        self._server.daemon_threads = True
+            self._server = _Server((bind, 0), handler)
         self.address = f"{reachable(bind)}:{self._server.server_port}"
         """host:port under which others reach it."""
         self._metrics = RunMetrics(manifest, self.address)
@@ -90,6 +90,15 @@ class Service:
     def events(self) -> bytes:
         """events.jsonl as it is."""
         return storage.read_bytes(storage.join(self._run_url, "events.jsonl"))
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Who goes away before the answer is no news; anything else is."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

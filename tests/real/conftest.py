@@ -29,6 +29,12 @@ def _fetched(script: str) -> None:
 
 
 @pytest.fixture(scope="session")
+def chromium() -> None:
+    """Debian's Chromium is there; ``tests.real.browser`` drives it."""
+    _fetched("chromium.sh")
+
+
+@pytest.fixture(scope="session")
 def prometheus_programs() -> Path:
     """The folder of Debian's prometheus and promtool."""
     _fetched("prometheus.sh")

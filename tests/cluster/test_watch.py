@@ -1,0 +1,63 @@
+"""The terminal page: bars that add up, sparklines that show what there is, a run from its storage alone."""
+
+import json
+import time
+
+import pytest
+from rich.console import Console
+
+from cluster import watch
+from pipelines import storage
+from trainer import manifest as manifests
+from trainer import run as folder
+from trainer.telemetry import CAUSES
+
+
+@pytest.fixture
+def run_url(small_dataset, tmp_path):
+    """A run that logged ten steps, lost a worker, was evaluated, and is done."""
+    plain = {
+        "name": "seen", "recipe": "arvae", "data": {"train": str(small_dataset)}, "batch": 4, "model": {"down": 8},
+        "clip": {"sizes": [[32, 32]]},
+        "stages": {f"frames-{n}": {"steps": count} for n, count in ((3, 6), (5, 0), (7, 0))},
+    }  # fmt: skip
+    plain["stages"]["first-frame"] = {"steps": 4}
+    _, url = folder.claim(manifests.validate(plain, "m"), str(tmp_path))
+    now = time.time()
+
+    def write(log, **record):
+        storage.append_text(storage.join(url, f"{log}.jsonl"), json.dumps({"attempt": 1, **record}) + "\n")
+
+    ledger = {"start": now - 20, "time": now, "seconds": dict.fromkeys(CAUSES, 0.0), "uncommitted": 0.0}
+    ledger["seconds"] |= {"productive": 15.0, "recovery_load": 3.0, "recovery_detect": 2.0}
+    write("events", event="start", time=now - 19, world=2, from_step=0, workers=[])
+    for step in range(10):
+        line = {"step": step, "loss": "nan" if step == 3 else 1.0 / (step + 1), "terms": {"mse": 0.1}, "statistics": {}}
+        line |= {"grad_norm": 1.0, "lr": 1e-4, "clips_per_second": 8.0, "seconds_per_pixel": 1e-9, "time": now}
+        write("metrics", stage="frames-3", ledger=ledger, **line)
+    write("events", event="restart", time=now - 9, cause="killed", rank=1, message="</script><b>gone")
+    quality = {"psnr_db": 21.5, "ssim": 0.5, "lpips": 0.1}
+    evaluation = {**quality, "lpips_backbone": "alex (random weights)", "baselines": {"bicubic": quality}}
+    write("events", event="evaluation", time=now, step=10, **evaluation)
+    write("events", event="done", time=now, step=10, ledger=ledger)
+    return url
+
+
+def test_the_page_says_how_it_stands(run_url):
+    console = Console(width=80, record=True, force_terminal=False)
+    watch.watch(run_url, console)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    for part in ("seen", "done", "restarts 1 (killed 1)", "10/10", "frames-3", "6/6", "goodput 75.0% of 0m20s",
+                 "recovery 25%", "PSNR dB", "21.5", "worker 1 killed"):  # fmt: skip
+        assert part in text, text
+
+
+def test_portions_add_up_and_sparklines_keep_what_stands_out():
+    assert watch.portions([1, 1, 1], 10) == [4, 3, 3]
+    assert watch.portions([0, 0], 5) == [0, 0]
+    assert sum(watch.portions([0.1, 3.3, 7.7], 61)) == 61
+    assert watch.sparkline([0, 7, float("nan"), 3.5], 10) == "▁█ ▅"
+    assert watch.sparkline([5, 5], 10) == "▁▁"
+    assert len(watch.sparkline(list(range(1000)), 30)) == 30
+    assert watch.sparkline([], 10) == ""
