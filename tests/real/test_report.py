@@ -90,7 +90,8 @@ def test_it_draws_plays_and_logs_nothing(two: list[str], browser: Browser, tmp_p
       setTimeout(() => done(seen.size), 20000); look();
     })""")
     assert moved == FRAMES, "it plays through every frame"
-    assert browser.complaints() == []
+    said = [line for line in browser.complaints() if "getImageData" not in line]  # which only this test calls
+    assert said == []
 
 
 def test_what_it_says_and_that_text_of_others_stays_text(two: list[str], browser: Browser, tmp_path: Path) -> None:
