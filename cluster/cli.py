@@ -210,14 +210,22 @@ def evaluate(
     lpips_weights: Annotated[
         str, typer.Option(help="The backbone's weights: random, torchvision (downloads), a path or a URL.")
     ] = "random",
+    i3d: Annotated[
+        str | None, typer.Option(help="Path of StyleGAN-V's i3d_torchscript.pt: also rFVD, at dataset level.")
+    ] = None,
+    i3d_batch: Annotated[
+        int | None, typer.Option(help="Also rFVD as LeanVAE and WF-VAE print it, for batches of so many clips.", min=1)
+    ] = None,
     runs: Runs = "./runs",
     as_json: Json = False,
 ) -> None:
-    """PSNR, SSIM and LPIPS beside two baselines of the same latent budget; a run keeps them in evaluation.json."""
+    """PSNR, SSIM, LPIPS, rFVD, beside two baselines of the same latent budget; a run keeps them in evaluation.json."""
     from trainer import examine
     from trainer import run as folder
 
     url, run_url = _checkpoint(checkpoint, runs)
+    if i3d_batch and not i3d:
+        raise InputError("--i3d-batch needs --i3d, the network's path", status=2)
     dataset = dataset or _required(folder.load(run_url)).data.eval
     if dataset is None:
         raise InputError(f"{checkpoint}: the run's manifest has no data.eval; name a dataset", status=2)
@@ -225,6 +233,7 @@ def evaluate(
         report = examine.evaluate_checkpoint(
             url, dataset, run_url=run_url, frames=frames, count=clips,
             lpips={"backbone": lpips, "weights": lpips_weights},
+            fvd={"i3d": i3d, "per_batch": i3d_batch} if i3d else None,
             progress=lambda done: status.update(f"evaluating … {done} clips"), warn=_warn,
         )  # fmt: skip
     if as_json:

@@ -22,6 +22,7 @@ from trainer.codec import Codec
 from trainer.evaluate import Report, evaluate
 from trainer.losses.perceptual import Perceptual, PerceptualSpec
 from trainer.manifest import RunManifest
+from trainer.quality import FvdSpec, VideoFeatures
 from trainer.recipe import Recipe
 from trainer.run import open_model
 
@@ -67,6 +68,7 @@ def evaluate_checkpoint(
     count: int | None = None,
     ema: bool | None = None,
     lpips: Mapping[str, Any] | None = None,
+    fvd: Mapping[str, Any] | None = None,
     device: str = "cpu",
     progress: Callable[[int], None] | None = None,
     warn: Callable[[str], None] = lambda text: None,
@@ -75,7 +77,8 @@ def evaluate_checkpoint(
 
     With ``run_url`` the report becomes the run's ``evaluation.json`` and a few clips are drawn into ``samples/``.
     ``lpips`` are fields of PerceptualSpec; without them AlexNet with random weights, which needs no download and is
-    named in the report. Raises InputError where nothing can be measured.
+    named in the report. ``fvd`` are fields of FvdSpec; without them there is no rFVD. Raises InputError where nothing
+    can be measured.
     """
     trained = open_model(url, ema=ema, warn=warn)
     rule, size = fixed_rule(trained.manifest, frames)
@@ -86,6 +89,7 @@ def evaluate_checkpoint(
         fixed_clips(dataset, rule, size, count),
         trained.recipe.latent(rule.frames, *size),
         perceptual=Perceptual(spec).to(device),
+        fvd=VideoFeatures(FvdSpec.model_validate(fvd), device) if fvd else None,
         device=device,
         progress=progress,
     )

@@ -1,7 +1,9 @@
 import json
 import math
+import re
 import weakref
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -158,6 +160,18 @@ def test_an_export_is_the_same_codec(tmp_path):
     again = codecs.load(str(tmp_path / "export"))
     assert again.digest() == codec.digest() != a_codec(seed=6).digest()
     assert torch.equal(again.reconstruct(pixels), codec.reconstruct(pixels))
+
+
+def test_the_example_in_the_docs_runs(tmp_path, monkeypatch, capsys):
+    codecs.export(a_codec(), str(tmp_path / "weights"))
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "docs/codec.md").read_text()
+    names = {"torch": torch, "frames": scene(5, 30, 44)}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+    assert names["decoded"].shape == names["frames"].shape
+    printed = capsys.readouterr().out
+    assert "numbers of pixels for one of the latent" in printed and re.search(r"PSNR -?\d+\.\d\d dB", printed)
 
 
 def test_a_damaged_export_is_refused(tmp_path):
