@@ -11,7 +11,8 @@ help:
 	@echo "make setup               a virtual environment in .venv with the command 'moviola'"
 	@echo "make demo [VIDEOS=DIR]   the main job: pack, train, survive a kill, evaluate, look"
 	@echo "make test                lint, types and every test"
-	@echo "make lint | bench | chaos | image"
+	@echo "make chaos [ROUNDS=50 SEED=1 PLACES='disk s3 ray']   faults over smoke runs, with a table"
+	@echo "make lint | bench | image"
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -35,6 +36,13 @@ lint: $(VENV)/.dev
 
 test: lint
 	@$(BIN)/python -m pytest $(TESTS)
+
+ROUNDS := 50
+SEED := 1
+PLACES := disk s3 ray
+
+chaos: $(VENV)/.dev
+	@$(BIN)/python -m tests.chaos.rounds --rounds $(ROUNDS) --seed $(SEED) --places $(PLACES)
 
 clean:
 	rm -rf $(VENV) runs demo_data build *.egg-info

@@ -1,11 +1,17 @@
 """How long training stands still for a checkpoint: ours against DeepSpeed's synchronous ``save_checkpoint``.
 
-    python -m benchmarks.checkpoint [--sizes 6 486] [--places PATH s3://BUCKET/PREFIX] [--rounds 3] [--zero 0]
+    python -m benchmarks.checkpoint [--sizes 6 486] [--places PATH s3://BUCKET/PREFIX] [--rounds 9 2] [--hardware 2cpu]
+
+Writes ``benchmarks/results/checkpoint_<hardware>_<date>.md``; each size and place runs in a process of its own. The
+486M case holds 14 GB of memory, and 18 GB of storage at a place. For S3: ``scripts/object_store.sh up``. Cases that are
+in the file of the day already, and not measured now, stay in it.
 
 Both save the same engine, in turns, in one process. Ours is blocked for ``save()``, which waits for a commit that is
 under way, and for the next step's wait for the copy. ``behind`` is what goes on meanwhile, in CPU seconds: those of the
 process from the save to the commit, less those of as many undisturbed steps. DeepSpeed writes to a local folder; to S3
-its files are then uploaded (in parallel parts), as its users do.
+its files are then uploaded (in parallel parts), as its users do. Ratios are of the pairs: each of our saves by the
+DeepSpeed save just before it. The first save of a process, which also allocates the host memory that later ones reuse,
+stands apart.
 
 The model is a stack of linear layers, trained by Adam. What is saved is weights and both moments, 12 bytes a parameter;
 at ZeRO 1 to 3 DeepSpeed saves the weights twice.
@@ -14,14 +20,19 @@ at ZeRO 1 to 3 DeepSpeed saves the weights twice.
 from __future__ import annotations
 
 import argparse
+import datetime
+import importlib.metadata
 import json
 import os
 import platform
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,6 +80,7 @@ def deepspeed_save(engine: Engine, place: str, scratch: str) -> float:
                 storage.upload(storage.join(place, "deepspeed", str(path.relative_to(folder))), path)
     seconds = time.perf_counter() - begin
     shutil.rmtree(folder)
+    storage.delete(storage.join(place, "deepspeed"), recursive=True)
     return seconds
 
 
@@ -88,7 +100,8 @@ def our_save(engine: Engine, saver: Checkpointer, number: int, batch: int, usual
     }
 
 
-def measure(millions: float, place: str, rounds: int, zero: int, batch: int) -> dict[str, float]:
+def measure(millions: float, place: str, rounds: int, zero: int, batch: int) -> dict[str, Any]:
+    """One size at one place: every pair's seconds, and what goes with them."""
     scratch = tempfile.mkdtemp(dir=None if storage.is_remote(place) else place)
     run_url = storage.join(place, "ours")
     storage.delete(run_url, recursive=True)
@@ -105,44 +118,91 @@ def measure(millions: float, place: str, rounds: int, zero: int, batch: int) -> 
     saver.close()
     storage.delete(run_url, recursive=True)
     shutil.rmtree(scratch)
-    middle = {key: statistics.median(one[key] for one in ours) for key in ours[0]}
     return {
+        "place": "S3" if storage.is_remote(place) else "local disk",
         "parameters": sum(p.numel() for p in engine.module.parameters()),
         "step_cpu": statistics.median(usual),
-        "deepspeed": statistics.median(theirs),
+        "deepspeed": theirs,
         "first": first,
-        **middle,
-        "ratio": middle["blocked"] / statistics.median(theirs),
+        "ours": [save["blocked"] for save in ours],
+        **{key: statistics.median(save[key] for save in ours) for key in ("behind", "commit")},
     }
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Median, and least and greatest."""
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| model | place | pairs | DeepSpeed blocked | ours blocked | ratio | ours, first | commit | behind | step |",
+        "| --- | --- | --: | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    for row in rows:
+        ratios = [mine / other for mine, other in zip(row["ours"], row["deepspeed"], strict=True)]
+        cells = [f"{row['parameters'] / 1e6:.0f}M", row["place"], str(len(ratios)), spread(row["deepspeed"], 3)]
+        cells += [spread(row["ours"], 4), spread(ratios, 4), f"{row['first']:.3f}", f"{row['commit']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} | {row['behind']:.2f} | {row['step_cpu']:.2f} |")
+    return lines
+
+
+def _case(row: str) -> tuple[float, str]:
+    """Millions of parameters and place of a row."""
+    model, place = row.split("|")[1:3]
+    return float(model.strip().rstrip("M")), place
+
+
+def _others(before: list[str], rows: list[str]) -> list[str]:
+    """Rows of the file that hold other cases."""
+    measured = {_case(row) for row in rows}
+    old = [line for line in before if line.startswith("| ") and line[2].isdigit()]
+    return [line for line in old if _case(line) not in measured]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=float, nargs="+", default=[6, 486], help="millions of parameters")
     parser.add_argument("--places", nargs="+", default=[tempfile.gettempdir()], help="folders and s3:// prefixes")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, nargs="+", default=[9, 2], help="pairs, for each of the sizes")
     parser.add_argument("--zero", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=256, help="rows of a step, which set its length")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--batch", type=int, default=16, help="rows of a step, which set its length")
+    parser.add_argument("--hardware", default=f"{os.cpu_count()}cpu")
+    parser.add_argument("--json", action="store_true", help="one case, in this process; its line goes to stdout")
     args = parser.parse_args()
-    rows = []
-    for millions in args.sizes:
-        for place in args.places:
-            result = measure(millions, place, args.rounds, args.zero, args.batch)
-            rows.append({"millions": millions, "place": "S3" if storage.is_remote(place) else "local disk", **result})
-            print(json.dumps(rows[-1]) if args.json else f"... {millions:g}M, {rows[-1]['place']}", flush=True)
     if args.json:
+        print(json.dumps(measure(args.sizes[0], args.places[0], args.rounds[0], args.zero, args.batch)))
         return
-    cpus = f"{os.cpu_count()} CPUs ({platform.machine()})"
-    print(f"\n{cpus}, ZeRO {args.zero}, one process, float32; seconds (of CPU: behind, step)\n")
-    print("| model | place | DeepSpeed blocked | ours blocked | ratio | ours, first save | commit | behind | step |")
-    print("|---|---|---:|---:|---:|---:|---:|---:|---:|")
-    for row in rows:
-        print(
-            f"| {row['parameters'] / 1e6:.0f}M | {row['place']} | {row['deepspeed']:.3f} | {row['blocked']:.4f} | "
-            f"{row['ratio']:.4f} | {row['first']:.4f} | {row['commit']:.2f} | {row['behind']:.2f} | "
-            f"{row['step_cpu']:.2f} |"
-        )
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "deepspeed", "s3fs"))
+    path = Path(__file__).parent / "results" / f"checkpoint_{args.hardware}_{datetime.date.today()}.md"
+    rows: list[dict[str, Any]] = []
+    before = path.read_text().splitlines() if path.exists() else []
+    commands = [line for line in before if line.startswith("`python -m")]
+    commands.append(f"`python -m benchmarks.checkpoint {' '.join(sys.argv[1:])}`")
+    for millions, rounds in zip(args.sizes, args.rounds, strict=True):
+        for place in args.places:
+            case = ["--sizes", str(millions), "--places", place, "--rounds", str(rounds), "--json"]
+            case += ["--zero", str(args.zero), "--batch", str(args.batch)]
+            command = [sys.executable, "-m", "benchmarks.checkpoint", *case]
+            said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            rows.append(json.loads(said.splitlines()[-1]))
+            print("\n".join(table(rows[-1:])[2:]), flush=True)
+            lines = [
+                "# How long training stands still for a checkpoint",
+                "",
+                f"{datetime.date.today()}, {os.cpu_count()} CPUs ({platform.machine()}), Python "
+                f"{platform.python_version()}, {versions}; float32, ZeRO-{args.zero}, one process.",
+                *commands,
+                "",
+                (__doc__ or "").split("\n\n", 3)[3].strip(),
+                "",
+                "Seconds (of CPU: behind, step), medians with least and greatest.",
+                "",
+                *table(rows)[:2],
+                *sorted([*_others(before, table(rows)[2:]), *table(rows)[2:]], key=_case),
+            ]
+            path.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def time_case(name: str, workers: int, data: str, steps: int, shards: str, runs:
         sets.append(f"stages.{stage.name}.steps={steps if stage.name == case.stage else 0}")
         sets.append(f"stages.{stage.name}.batch=null")
     claimed, run_url = run.claim(manifests.load(path, sets, name=f"overhead-{name}-{workers}-{data}"), runs)
-    with launch.embedded_ray(claimed) as scratch:
+    with launch.connected_ray(claimed) as scratch:
         from cluster import worker
 
         worker.work = lambda config: measured(config, data)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import shutil
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from cluster import runs
+from cluster.events import Follower, note
 from cluster.service import Service
 from pipelines import storage
 from pipelines.faults import InputError
@@ -30,34 +30,55 @@ from trainer.loop import Outcome
 from trainer.manifest import RunManifest
 
 RAY_DEFAULTS = {
-    "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_worker_niceness": "0",  # training is what the machine is for
-    "TORCHDYNAMO_DISABLE": "1",
-    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "2",
 }
 """Environment of an embedded Ray on CPU: quick to see a death, quick to start. What the user has set stays."""
 
+WORKER_DEFAULTS = {"TORCHDYNAMO_DISABLE": "1", "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "2"}
+"""Environment of the workers, on any Ray."""
+
 
 @contextlib.contextmanager
-def embedded_ray(manifest: RunManifest) -> Iterator[str]:
-    """A Ray of this command's own, on loopback, with its own folder (yielded); gone when the body ends."""
-    for key, value in RAY_DEFAULTS.items():
-        os.environ.setdefault(key, value)
+def connected_ray(manifest: RunManifest) -> Iterator[str]:
+    """The cluster that ``RAY_ADDRESS`` names, or a Ray of this command's own; a folder for Ray Train's notes."""
+    worker = {key: os.environ.get(key, value) for key, value in WORKER_DEFAULTS.items()}
     if manifest.compile:
-        os.environ.pop("TORCHDYNAMO_DISABLE", None)
+        del worker["TORCHDYNAMO_DISABLE"]
     if not manifest.workers.gpus:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        worker["DS_ACCELERATOR"] = "cpu"
+    joins = bool(os.environ.get("RAY_ADDRESS"))
+    # A worker whose machine does not answer is as lost as one that hangs.
+    train = {"RAY_TRAIN_V2_ENABLED": "1", "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{manifest.failure.hang_seconds}"}
+    for key, value in {**train, **({} if joins else RAY_DEFAULTS | worker)}.items():
+        os.environ.setdefault(key, value)  # before ray is imported, which reads them then
     import ray
     import ray._private.worker
 
     # Ray tells of every dead worker at length, on stdout; events.jsonl says it in a line.
     logging.getLogger("ray._private.worker").setLevel(logging.CRITICAL)
     ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: None
+    if not joins:
+        with _embedded_ray(manifest) as folder:
+            yield folder
+        return
+    ray.init(runtime_env={"env_vars": worker}, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        with tempfile.TemporaryDirectory(prefix="moviola-") as folder:
+            yield folder
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _embedded_ray(manifest: RunManifest) -> Iterator[str]:
+    """A Ray of this command's own, on loopback, with its own folder (yielded); gone when the body ends."""
+    import ray
+
     needed = manifest.workers.greatest * manifest.workers.cpus
     root = tempfile.gettempdir()
     with _folder(root if len(root) < 32 else "/tmp") as folder:  # sockets with longer paths are refused
@@ -116,6 +137,7 @@ def fit(manifest: RunManifest, run_url: str, launch: str, scratch: str) -> Outco
             num_workers=workers.count if isinstance(workers.count, int) else tuple(workers.count),
             use_gpu=workers.gpus > 0,
             resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=workers.resize_seconds,
         ),
         run_config=RunConfig(
             name=manifest.name,
@@ -124,38 +146,27 @@ def fit(manifest: RunManifest, run_url: str, launch: str, scratch: str) -> Outco
                 max_failures=failure.max_failures,
                 max_preemption_failures=-1 if failure.max_preemptions == "unlimited" else failure.max_preemptions,
             ),
-            callbacks=[Recorder(run_url)],
+            callbacks=[Recorder(run_url, failure.grace_seconds, workers.resize_seconds)],
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
     return trainer.fit().return_value
 
 
-class Follower:
-    """Reads what a run appends to a log of its own, from where the last read ended."""
+def fit_again(manifest: RunManifest, run_url: str, launch: str, scratch: str) -> Outcome:
+    """:func:`fit`, with a new controller where Ray Train's own died, as often as ``failure.max_failures`` allows."""
+    from ray.exceptions import RayActorError
 
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._place = 0
-        with contextlib.suppress(storage.Missing):
-            self._place = storage.size(url)
+    from cluster.recorder import brief
 
-    def new(self) -> list[dict[str, Any]]:
-        """Whole lines since the last call."""
+    for left in range(manifest.failure.max_failures, -1, -1):
         try:
-            size = storage.size(self._url)
-        except storage.Missing:
-            return []
-        if size <= self._place:
-            return []
-        data = storage.read_bytes(self._url, self._place, size)
-        whole = data[: data.rfind(b"\n") + 1]
-        self._place += len(whole)
-        records = []
-        for line in whole.splitlines():
-            with contextlib.suppress(ValueError):  # a line that a full disk cut short
-                records.append(json.loads(line))
-        return records
+            return fit(manifest, run_url, launch, os.path.join(scratch, str(left)))
+        except RayActorError as error:
+            if not left:
+                raise
+            note(run_url, "restart", cause="killed", rank=None, message=brief(error))
+    raise AssertionError("every turn of the loop returns or raises")
 
 
 Watcher = Callable[[list[dict[str, Any]], list[dict[str, Any]]], None]
@@ -169,10 +180,10 @@ def foreground(manifest: RunManifest, run_url: str, console: Console, watch: Wat
     user can mend, Ray Train's error otherwise.
     """
     if checkpoint.newest_step(run_url) == manifest.schedule.steps:
-        _note(run_url, "done", step=manifest.schedule.steps)
+        note(run_url, "done", step=manifest.schedule.steps)
         return "done"
     service = Service(manifest, run_url)
-    _note(run_url, "serving", address=service.address)
+    note(run_url, "serving", address=service.address)
     console.print(f"metrics for Prometheus, and a report: http://{service.address}/targets, /report")
     events, metrics = (Follower(storage.join(run_url, f"{name}.jsonl")) for name in ("events", "metrics"))
     stops = 0
@@ -196,7 +207,7 @@ def foreground(manifest: RunManifest, run_url: str, console: Console, watch: Wat
 
     def run(scratch: str) -> None:
         try:
-            outcome.append(fit(manifest, run_url, launch, scratch))
+            outcome.append(fit_again(manifest, run_url, launch, scratch))
         except BaseException as error:
             failure.append(error)
 
@@ -204,14 +215,14 @@ def foreground(manifest: RunManifest, run_url: str, console: Console, watch: Wat
         """Whether it happened to this launch: another one may have taken the run over, and writes to the same logs."""
         if event["event"] == "start" and event.get("launch") == launch:
             attempts.add(event["attempt"])
-        return event["attempt"] in attempts or event["event"] == "restart"
+        return event["attempt"] in attempts or event["event"] in ("restart", "resize")
 
     def listen() -> dict[int, Any]:
         return {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     before = listen()
     try:
-        with embedded_ray(manifest) as scratch, _bar(console, manifest) as show:
+        with connected_ray(manifest) as scratch, _bar(console, manifest) as show:
             listen()  # in place of Ray's handlers, under which SIGTERM ends the process at once
             thread = threading.Thread(target=run, args=(scratch,), name="ray-train", daemon=True)
             thread.start()
@@ -230,22 +241,17 @@ def foreground(manifest: RunManifest, run_url: str, console: Console, watch: Wat
             fault = _fault(failure[0], manifest, run_url)
             if not isinstance(fault, Fenced):
                 with contextlib.suppress(InputError):  # storage that can't be written may be the fault
-                    _note(run_url, "failed", message=storage.redact(str(fault)))
+                    note(run_url, "failed", message=storage.redact(str(fault)))
             raise fault
         return outcome[0]
     except SystemExit:  # Ray's answer to SIGTERM while it starts
-        _note(run_url, "stopped", step=checkpoint.newest_step(run_url) or 0)
+        note(run_url, "stopped", step=checkpoint.newest_step(run_url) or 0)
         return "stopped"
     finally:
         service.take(events.new(), ())
         service.close(hurry=lambda: stops > 1)
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _note(run_url: str, event: str, **fields: Any) -> None:
-    record = {"time": time.time(), "event": event, "attempt": 0, **fields}
-    storage.append_text(storage.join(run_url, "events.jsonl"), json.dumps(record) + "\n")
 
 
 def _fault(error: BaseException, manifest: RunManifest, run_url: str) -> BaseException:
@@ -315,7 +321,10 @@ def _told(event: dict[str, Any], schedule: Any) -> str | None:
         where = f"from the checkpoint of step {step}" if step else "from step 0"
         return f"attempt {event['attempt']}: {event['world']} workers, {where}"
     if kind == "restart":
-        return f"worker {event['rank']} {event['cause']}; restarting from the last commit"
+        who = "Ray Train's controller" if event["rank"] is None else f"worker {event['rank']}"
+        return f"{who} {event['cause']}; restarting from the last commit"
+    if kind == "resize":
+        return f"from {event['before']} to {event['after']} workers"
     if kind == "warning":
         return event["message"]
     return None

@@ -1,38 +1,96 @@
-"""What Ray Train's controller writes into a run's events. Imported by the controller, so it imports little itself."""
+"""What runs in Ray Train's controller: a run's restarts and resizes in its events, and a checkpoint before a resize.
+
+Imported by the controller, so it imports little itself.
+"""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import time
 from typing import Any
 
-from ray.train import UserCallback
+import ray
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.controller.state import ResizingState, RestartingState, RunningState
+from ray.train.v2.api.preemption import PreemptionInfo
 
+from cluster.events import Follower, note
 from pipelines import storage
 from pipelines.faults import InputError
 
 
-class Recorder(UserCallback):
-    """Ends the launch where a restart won't help; else writes a worker's death and its cause to events.jsonl."""
+class Recorder(ControllerCallback, WorkerGroupCallback):
+    """Ends the launch where a restart won't help; else writes ``restart`` and ``resize`` to events.jsonl.
 
-    def __init__(self, run_url: str) -> None:
-        self._url = storage.join(run_url, "events.jsonl")
+    Before a group that trains is taken down to be resized it is asked for a checkpoint, for ``grace`` seconds at most,
+    so that no step is trained twice. ``look`` is how many seconds a running elastic group may miss a new node.
+    """
 
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Ray Train's hook; called once for each restart. What it raises ends the run, without one."""
-        for failed in worker_exceptions.values():
+    def __init__(self, run_url: str, grace: float, look: float) -> None:
+        self._run_url = run_url
+        self._grace, self._look = grace, look
+        self._looked = 0.0
+        self._group: Any = None
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Ray Train's hook."""
+        self._group = worker_group
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        """Ray Train's hook; what it raises ends the run, without a restart."""
+        for failed in worker_group_status.errors.values():
             original = getattr(failed, "_base_exc", failed)
             if isinstance(original, InputError):
                 raise original
-        rank, error = min(worker_exceptions.items(), key=lambda item: (cause(item[1]) == "error", item[0]))
-        record = {"time": time.time(), "event": "restart", "attempt": 0, "cause": cause(error), "rank": rank}
-        storage.append_text(self._url, json.dumps({**record, "message": brief(error)}) + "\n")
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Ray Train's hook."""
+        if isinstance(current_state, RestartingState) and not isinstance(previous_state, RestartingState):
+            note(self._run_url, "restart", **why(current_state.training_failed_error))
+        elif isinstance(current_state, ResizingState):
+            before, after = len(self._group.get_workers()), current_state.scaling_decision.num_workers
+            committed = self._ask_to_leave()
+            note(self._run_url, "resize", before=before, after=after, committed=committed)
+        if not isinstance(current_state, RunningState) or time.monotonic() - self._looked > self._look:
+            self._looked = time.monotonic()
+            _look_again()
+
+    def _ask_to_leave(self) -> bool:
+        """Whether the group committed its last step and now waits to be taken down."""
+        asked, said = time.time(), Follower(storage.join(self._run_url, "events.jsonl"))
+        info = PreemptionInfo(deadline_ms=round(asked * 1000), preempted_node_to_ranks={})
+        for worker in self._group.get_workers():
+            worker.actor.mark_preempt.remote(info)
+        while time.time() < asked + self._grace:
+            for event in said.new():
+                if event["event"] in ("leave", "done", "stopped", "hang", "error"):
+                    return event["event"] in ("leave", "done", "stopped")
+            time.sleep(2.0 if storage.is_remote(self._run_url) else 0.2)
+        return False
+
+
+def why(error: BaseException) -> dict[str, Any]:
+    """Cause, rank (None for a whole group) and message of what ended a worker group."""
+    deaths = getattr(error, "worker_failures", {})
+    if not deaths:
+        info = getattr(error, "preemption_info", None)
+        rank = min(info.preempted_ranks, default=None) if info else None
+        return {"cause": "preempted" if info else "error", "rank": rank, "message": brief(error)}
+    rank, death = min(deaths.items(), key=lambda item: (cause(item[1]) == "error", item[0]))
+    return {"cause": cause(death), "rank": rank, "message": brief(death)}
+
+
+def _look_again() -> None:
+    """Has Ray count its nodes now: the view by which an elastic group is sized is else up to 20 seconds old."""
+    with contextlib.suppress(Exception):  # without the actor, that view serves
+        coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+        ray.get(coordinator.get_reserved_resources.remote("", recompute=True), timeout=2)
 
 
 def cause(error: Exception) -> str:
     """``killed``, ``preempted``, or ``error`` for what the training function itself raised."""
     text = f"{type(error).__name__} {error}"
-    if "Preempt" in text:
+    if "Preempt" in text or getattr(error, "preempted", False):
         return "preempted"
     if any(word in text for word in ("ActorDied", "ActorUnavailable", "died unexpectedly", "WorkerCrashed", "SIGKILL")):
         return "killed"

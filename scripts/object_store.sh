@@ -134,7 +134,7 @@ osd heartbeat interval = 1
 # Bluestore in a sparse file: durable against kill -9, in little memory.
 osd data = $dir/osd
 osd objectstore = bluestore
-bluestore block size = 8589934592
+bluestore block size = 34359738368
 bluestore cache autotune = false
 bluestore cache size = 67108864
 

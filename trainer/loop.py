@@ -281,8 +281,11 @@ def _before(run_url: str) -> tuple[Ledger, dict[str, Any]]:
     lines = read_lines(storage.join(run_url, "metrics.jsonl"), tail_bytes=1 << 16)
     events = read_lines(storage.join(run_url, "events.jsonl"))
     states = [line["ledger"] for line in (*lines, *events) if "ledger" in line]
+    launches = [event["time"] for event in events if event["event"] == "launch"]
+    if launches:  # also of commands that died before they trained a step
+        states.append({"start": min(launches), "time": min(launches), "seconds": {}, "uncommitted": 0, "stopped": True})
     last = max(states, key=lambda state: state["time"], default=None)
-    launched = max((event["time"] for event in events if event["event"] == "launch"), default=None)
+    launched = max(launches, default=None)
     since = [e["time"] for e in events if e["event"] in ("restart", "resize") and last and e["time"] > last["time"]]
     counters = lines[-1].get("counters", {}) if lines else {}
     return Ledger(last, launched=launched, restarted=min(since, default=None)), counters

@@ -87,6 +87,7 @@ class WorkerSpec(_Part):
     count: WorkerCount | tuple[WorkerCount, WorkerCount] = Field(1, description="Workers, or [least, greatest].")
     gpus: Annotated[float, Field(ge=0, le=64)] = Field(0, description="GPUs of one worker; 0 trains on CPU.")
     cpus: Annotated[float, Field(gt=0, le=1024)] = Field(1, description="CPU cores of one worker.")
+    resize_seconds: Seconds = Field(60, description="Between looks for machines by which an elastic run can grow.")
 
     @property
     def least(self) -> int:

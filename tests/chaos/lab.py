@@ -52,6 +52,7 @@ class Lab:
     def __init__(self, folder: Path, plain: Mapping[str, Any], runs: str | None = None) -> None:
         self.folder = folder
         self.runs = runs or str(folder / "runs")
+        folder.mkdir(exist_ok=True)
         self.path = folder / "smoke.yaml"
         self.path.write_text(yaml.safe_dump(dict(plain)))
         self.manifest = manifest.load(self.path)

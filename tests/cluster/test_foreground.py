@@ -10,13 +10,16 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2.api.exceptions import PreemptionError
+from ray.train.v2.api.preemption import PreemptionInfo
 
 from cluster import launch, runs
-from cluster.recorder import Recorder
+from cluster.recorder import Recorder, why
 from pipelines.faults import InputError
 from trainer import manifest as manifests
 from trainer import run as folder
@@ -129,13 +132,16 @@ def test_what_a_user_is_told_of_the_end(tmp_path, small_dataset):
     ours = UserExceptionWithTraceback(ValueError("a defect"), "Traceback of it")
     for fault in (InputError("the disk is full"), Fenced("replaced")):
         with pytest.raises(type(fault), match=str(fault)) as told:
-            Recorder(run_url).after_exception(None, {0: ours, 1: UserExceptionWithTraceback(fault, "")})
+            errors = {0: ours, 1: UserExceptionWithTraceback(fault, "")}
+            Recorder(run_url, 30, 60).after_worker_group_poll_status(SimpleNamespace(errors=errors))
         assert launch._fault(ControllerError(told.value), manifest, run_url) is told.value
     spent = launch._fault(WorkerGroupError("text", {1: RuntimeError("ActorDiedError: OOM")}), manifest, run_url)
     assert isinstance(spent, InputError)
     assert "failure.max_failures: 10" in str(spent) and "no checkpoint is committed yet" in str(spent)
     defect = WorkerGroupError("text", {0: ours})
     assert launch._fault(defect, manifest, run_url) is defect
-    Recorder(run_url).after_exception(None, {0: ours})
-    event = runs.events(run_url)[-1]
-    assert (event["event"], event["cause"], event["rank"]) == ("restart", "error", 0)
+    assert why(defect) == {"cause": "error", "rank": 0, "message": "Traceback of it"}
+    killed = WorkerGroupError("text", {0: ours, 1: RuntimeError("ActorDiedError: gone")})
+    assert (why(killed)["cause"], why(killed)["rank"]) == ("killed", 1), "the death, not what it did to the others"
+    drained = PreemptionError(PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"node": [1]}))
+    assert (why(drained)["cause"], why(drained)["rank"]) == ("preempted", 1)

@@ -1,8 +1,10 @@
 """The goodput ledger adds up, survives deaths, and no counter falls."""
 
+import json
 import math
 import re
 import socket
+import time
 import urllib.request
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from pipelines.contracts import Batch, BatchPlan, ClipRule, Source
 from pipelines.loader import LoaderMetrics
-from trainer import manifest
+from trainer import loop, manifest
 from trainer.metrics import Histogram, RunMetrics
 from trainer.telemetry import CAUSES, Appender, Ledger, Telemetry, goodput, read_lines
 
@@ -70,6 +72,22 @@ def test_every_second_has_one_cause_across_a_death_and_a_stop():
     assert later["seconds"]["startup"] == 5 + 6
     assert sum(later["seconds"].values()) + later["uncommitted"] == clock.now - 1000
     assert goodput(later) == 21 / (clock.now - 1000)
+
+
+def test_what_died_before_its_first_step_is_accounted_for_too(tmp_path):
+    def note(event, ago):
+        line = {"time": time.time() - ago, "event": event, "attempt": 0}
+        with (tmp_path / "events.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
+
+    note("launch", 100)
+    ledger = loop._before(str(tmp_path))[0].state()
+    assert ledger["seconds"]["startup"] == pytest.approx(100, abs=1)
+    note("restart", 80)
+    assert loop._before(str(tmp_path))[0].state()["seconds"]["startup"] == pytest.approx(100, abs=1)
+    note("launch", 30)
+    seconds = loop._before(str(tmp_path))[0].state()["seconds"]
+    assert (seconds["idle"], seconds["startup"]) == (pytest.approx(70, abs=1), pytest.approx(30, abs=1))
 
 
 def test_log_lines_keep_full_precision_and_survive_nan(tmp_path):

@@ -1,0 +1,48 @@
+"""Two workers, one, two again: a drained node and one that comes back, under a real Ray cluster of several nodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.lab import STAGES, Lab, smoke
+from tests.chaos.nodes import Command, Nodes
+
+STEPS = 100
+TOLERANCE = 2e-3
+"""Of a step's loss, relative: sums in another order, and what Adam makes of them over the steps since."""
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_a_drained_node_and_a_new_one_change_the_world_and_nothing_else(small_dataset: Path, tmp_path: Path) -> None:
+    plain = smoke(str(small_dataset), steps=STEPS // len(STAGES), checkpoint={"every_steps": 10, "keep": 3})
+    lab = Lab(tmp_path, plain)
+    fixed = lab.losses(lab.whole(1))
+    elastic = ("workers={count: [1, 2], resize_seconds: 1}", "failure.grace_seconds=10")
+    with Nodes(2) as nodes:
+        env = {"RAY_ADDRESS": nodes.address}
+        with Command(["train", *lab.arguments("elastic", *elastic)], tmp_path / "log", env) as command:
+
+            def world(size: int, step: int) -> bool:
+                return any(line["world"] == size and line["step"] >= step for line in lab.lines("elastic"))
+
+            command.until(lambda: world(2, 3))
+            nodes.drain(nodes.nodes[-1], 4)
+            command.until(lambda: world(1, 0))
+            nodes.add()
+            assert command.wait() == 0, command.said
+    worlds = [line["world"] for line in sorted(lab.lines("elastic"), key=lambda line: line["time"])]
+    sizes = [size for size, before in zip(worlds, [0, *worlds], strict=False) if size != before]
+    assert sizes == [2, 1, 2], lab.events("elastic", "start", "restart", "resize", "leave", "notice")
+    history = lab.history("elastic")
+    assert history.exact and history.redone == 0, "the notice, and the question before the resize, lost no step"
+    assert history.keys == lab.history(lab.whole(1)).keys
+    losses = lab.losses("elastic")
+    for step in range(STEPS):
+        assert losses[step] == pytest.approx(fixed[step], rel=TOLERANCE), f"step {step}"
+    assert lab.imbalance("elastic") < 0.01
+    (resized,) = lab.events("elastic", "resize")
+    assert (resized["before"], resized["after"], resized["committed"]) == (1, 2, True)
+    assert [event["cause"] for event in lab.events("elastic", "restart")] == ["preempted"]
