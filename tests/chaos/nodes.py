@@ -136,7 +136,7 @@ class Command:
         """What it wrote."""
         return self.log.read_text()
 
-    def until(self, ready: Callable[[], Any], seconds: float = 120.0) -> Any:
+    def until(self, ready: Callable[[], Any], seconds: float = 240.0) -> Any:
         """Waits until ``ready`` gives something, and gives it back; fails where the command ends before."""
         deadline = time.monotonic() + seconds
         while not (found := ready()):
@@ -145,7 +145,7 @@ class Command:
             time.sleep(0.05)
         return found
 
-    def wait(self, seconds: float = 180.0) -> int:
+    def wait(self, seconds: float = 300.0) -> int:
         """Its exit status."""
         return self.process.wait(seconds)
 
