@@ -179,7 +179,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     before = path.read_text().splitlines() if path.exists() else []
     commands = [line for line in before if line.startswith("`python -m")]
-    commands.append(f"`python -m benchmarks.checkpoint {' '.join(sys.argv[1:])}`")
+    given = ["FOLDER" if word in args.places and not storage.is_remote(word) else word for word in sys.argv[1:]]
+    commands.append(f"`python -m benchmarks.checkpoint {' '.join(given)}`")
     for millions, rounds in zip(args.sizes, args.rounds, strict=True):
         for place in args.places:
             case = ["--sizes", str(millions), "--places", place, "--rounds", str(rounds), "--json"]
