@@ -416,12 +416,12 @@ def lint(
     from trainer import manifest as manifests
 
     findings: list[str] = []
-    urls, rules = [target], []
+    urls, rules, status = [target], [], 1
     if target.endswith((".yaml", ".yml")):
         try:
             wanted = manifests.load(target)
         except InputError as error:
-            findings, urls = str(error).splitlines(), []
+            findings, urls, status = str(error).splitlines(), [], error.status
         else:
             urls = [ref.dataset for ref in (*wanted.data.train, *wanted.data.images)]
             urls += [wanted.data.eval] if wanted.data.eval else []
@@ -433,7 +433,7 @@ def lint(
     else:
         out.print("\n".join(findings) or f"{target}: nothing wrong", markup=False)
     if findings:
-        raise typer.Exit(1)
+        raise typer.Exit(status)
 
 
 def _checkpoint(name: str, runs: str) -> tuple[str, str]:

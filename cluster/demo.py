@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from cluster import launch
+from cluster import launch, runs
 from cluster.cli import guarded
 from pipelines import pack, storage, synthetic
 from pipelines.faults import InputError
@@ -128,6 +128,11 @@ def make_way(run_url: str, data: str, say: Callable[[str], None]) -> None:
         return
     if not old.data.train[0].dataset.startswith(storage.join(storage.absolute(data), "shards-")):
         raise InputError(f"{run_url} was not made by the demo and would be lost; rename it, or give --runs", status=2)
+    if runs.status(run_url).state == "running":
+        raise InputError(
+            f"{run_url} is an earlier demo that still trains; wait for it, or end it: "
+            f".venv/bin/moviola stop {shlex.quote(run_url)}"
+        )
     say(f"{run_url} is from an earlier demo and is made anew")
     storage.delete(run_url, recursive=True)
 
@@ -142,7 +147,7 @@ def shards_of(videos: str | None, data: str, say: Callable[[str], None]) -> str:
         draft.rename(source)
     rules = pack.load_rules(str(MANIFESTS / "datasets" / "demo.yaml"))
     found = sorted((str(path), path.stat().st_size) for path in source.rglob("*") if path.is_file())
-    name = hashlib.sha256(f"{source.resolve()} {found} {rules}".encode()).hexdigest()[:8]
+    name = hashlib.sha256(f"{str(source.resolve())!r} {found} {rules}".encode()).hexdigest()[:8]
     shards = str(Path(data) / f"shards-{name}")
     say(f"packing clips of {source} into WebDataset shards in {shards}")
     say(pack.pack(str(source), shards, rules).text())

@@ -92,6 +92,15 @@ def _embedded_ray(manifest: RunManifest) -> Iterator[str]:
                 configure_logging=False,
                 _temp_dir=folder,
             )
+        except Exception as error:
+            ray.shutdown()
+            if type(error) not in (Exception, RuntimeError):  # what Ray raises where its processes don't come up
+                raise
+            raise InputError(
+                f"Ray did not start: {str(error).split('. ')[0]}. Its processes need a moment of the machine, memory "
+                f"and room in {root}: end what keeps it busy or full, then give the same command again"
+            ) from None
+        try:
             yield folder
         finally:
             ray.shutdown()

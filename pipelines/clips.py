@@ -41,9 +41,10 @@ def make_clip(
     stored = 1 if image else int(record["frames"])
     numbers = frame_numbers(rule, stored, seed, place)
     if numbers is None:
+        remedy = "pack longer clips" if rule.short == "skip" else "set clip.short: skip"
         message = (
             f"{source}: {stored} frames; a clip of {rule.frames} frames at stride {rule.stride[0]} needs "
-            f"{rule.least_frames}. Lower clip.frames or set clip.short: skip"
+            f"{rule.least_frames}. Lower clip.frames or {remedy}"
         )
         raise Skip("short", message) if rule.short == "skip" else InputError(message)
     with open_video(data, str(source), image=image, backend=backend) as video:

@@ -337,7 +337,9 @@ def open_dataset(url: str, expect: str | None = None) -> Dataset:
     try:
         index = _Index.model_validate_json(data)
     except ValidationError as error:
-        raise InputError(f"{where} is not an index: {' '.join(str(error).split())[:300]}; index it again") from None
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InputError(f"{where} is not an index: {place and place + ': '}{first['msg']}; index it again") from None
     if index.format != FORMAT:
         raise InputError(f"{where} has format {index.format}; this version reads {FORMAT}; index it again")
     for shard in index.shards:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
@@ -137,7 +138,7 @@ def load_rules(url: str | None = None, sets: Sequence[str] = ()) -> PackRules:
             values = yaml.safe_load(storage.read_bytes(url))
         except storage.Missing:
             raise InputError(f"rules {url}: there is no such file", status=2) from None
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise InputError(f"{url}: not YAML: {' '.join(str(error).split())}", status=2) from None
         if not isinstance(values, dict):
             raise InputError(f"{url}: pack rules are a mapping of fields; this is {type(values).__name__}", status=2)
@@ -153,7 +154,7 @@ def load_rules(url: str | None = None, sets: Sequence[str] = ()) -> PackRules:
             raise InputError(f"--set {setting}: {'.'.join(outer)} has no fields", status=2)
         try:
             inner[last] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             inner[last] = value
     try:
         return PackRules.model_validate(values)
@@ -168,6 +169,8 @@ def _listed(error: ValidationError) -> str:
     for fault in error.errors():
         where = ".".join(str(part) for part in fault["loc"]) or "rules"
         message = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] not in ("value_error", "missing"):
+            message = f"{json.dumps(fault['input'], default=str)[:80]}: {message[0].lower()}{message[1:]}"
         if fault["type"] == "extra_forbidden":
             message = f"is not a field; there are {', '.join(PackRules.model_fields)}"
             if near := difflib.get_close_matches(str(fault["loc"][-1]), PackRules.model_fields, n=1):

@@ -22,6 +22,8 @@ from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -105,15 +107,23 @@ def load(
         trained = run.open_model(url, ema=ema, warn=warn)
         return Codec(trained.recipe, trained.model, device=device)
     config = storage.read_json(storage.join(url, CONFIG))
-    if config.get("format") != FORMAT:
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise InputError(f"{storage.redact(url)}/{CONFIG} is not of a codec that `moviola export` wrote ({FORMAT})")
-    kind = recipes.load(config["recipe"])
-    recipe = kind(kind.Config.model_validate(config["model"]))
+    try:
+        kind = recipes.load(config["recipe"])
+        recipe = kind(kind.Config.model_validate(config["model"]))
+        told = config["weights"]
+    except (KeyError, TypeError, ValidationError):
+        raise InputError(f"{storage.redact(url)}/{CONFIG} was changed or cut short; export it again") from None
     model = recipe.build(seed=0)
     with latents.local(storage.join(url, WEIGHTS)) as path:
-        checkpoint.assign(model, load_file(path))
+        try:
+            weights = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{storage.redact(url)}/{WEIGHTS} is damaged: {error}; export it again") from None
+    checkpoint.assign(model, weights)
     codec = Codec(recipe, model, device=device)
-    if codec.digest() != config["weights"]:
+    if codec.digest() != told:
         raise InputError(
             f"{storage.redact(url)}/{WEIGHTS} is not what {CONFIG} says: it is damaged, or of another export"
         )

@@ -30,6 +30,11 @@ LEAVE_SECONDS = 3.0
 NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 """A run's name. KubeRay takes DNS labels (RFC 1035) of 47 characters, seven of them the launch's; Ray's submission ids,
 Prometheus's label values and S3's keys take all of these."""
+IN_WORDS = {
+    **dict.fromkeys(("model_type", "dict_type", "mapping_type"), "a mapping of fields belongs here"),
+    "too_short": "give at least {min_length}",
+}
+"""Faults that pydantic names in Python's terms, in YAML's."""
 GREATEST_BATCH, GREATEST_WORKERS = 1 << 20, 1 << 14
 DnsLabel = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$")]
 DnsName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
@@ -98,6 +103,13 @@ class WorkerSpec(_Part):
     def greatest(self) -> int:
         """Most workers that the run takes."""
         return self.count if isinstance(self.count, int) else self.count[1]
+
+    @field_validator("count")
+    @classmethod
+    def _ordered(cls, count: int | tuple[int, int]) -> int | tuple[int, int]:
+        if not isinstance(count, int) and count[0] > count[1]:
+            raise ValueError("the least number comes first")
+        return count
 
 
 class CheckpointSpec(_Part):
@@ -372,8 +384,6 @@ def _joint(manifest: RunManifest) -> list[str]:
     if not any(stage.steps for stage in stages):
         faults.append("stages: every stage has 0 steps; give at least one of them some")
     workers = manifest.workers
-    if workers.least > workers.greatest:
-        faults.append(f"workers.count: {list(_pair(workers.count))}: the least number comes first")
     for stage in stages:
         batch = min(clips for clips in (stage.batch or manifest.batch, stage.image_batch) if clips)
         if batch < workers.greatest:
@@ -614,6 +624,8 @@ def _line(path: list[str], fault: Any, model: type[BaseModel], prefix: str) -> s
     if fault["type"] == "missing":
         return f"{place}: missing, and there is no default"
     message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] in IN_WORDS:
+        message = IN_WORDS[fault["type"]].format(**fault.get("ctx", {}))
     shown = json.dumps(fault["input"], default=str)
     return f"{place.rstrip('.') or 'manifest'}: {shown[:80]}: {message[0].lower()}{message[1:]}"
 

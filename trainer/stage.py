@@ -16,6 +16,9 @@ from trainer.losses.gan import GanLoss
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerSpec(BaseModel):
     """Adam or AdamW with warm-up and decay, counted in optimizer steps of the stage."""
 
@@ -23,7 +26,7 @@ class OptimizerSpec(BaseModel):
 
     name: Literal["adam", "adamw"] = "adamw"
     lr: float = Field(1e-4, gt=0, le=1, description="Peak learning rate.")
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="Decays of the averages of gradient and square.")
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, ge=0, description="Greatest global gradient norm; 0 turns clipping off.")

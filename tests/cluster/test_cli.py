@@ -110,6 +110,17 @@ def test_faults_of_fields_model_stages_and_clips_come_in_one_go(moviola, tmp_pat
         assert fault in err
 
 
+def test_lint_ends_as_train_would(moviola, tmp_path, plain, small_dataset):
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump(plain))
+    assert moviola("lint", "m.yaml")[:2] == (0, "m.yaml: nothing wrong\n")
+    assert moviola("lint", str(small_dataset), "--json")[:2] == (0, '{\n  "findings": []\n}\n')
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump(plain | {"batch": 0}))
+    status, out, _ = moviola("lint", "m.yaml")
+    assert status == 2 and "batch: 0: input should be greater than 0" in out
+    status, out, _ = moviola("lint", "nowhere", "--json")
+    assert status == 1 and "nowhere is not there" in json.loads(out)["findings"][0]
+
+
 def test_a_dataset_that_can_not_be_trained_on(moviola, tmp_path, plain, small_dataset):
     (tmp_path / "m.yaml").write_text(yaml.safe_dump(plain))
     shutil.copytree(small_dataset, tmp_path / "packed" / "train")
@@ -238,6 +249,30 @@ def test_the_demo_says_what_is_wrong_with_the_folder_and_spares_other_runs(tmp_p
     with pytest.raises(InputError, match="was not made by the demo"):
         demo.make_way(kept, str(tmp_path / "data"), lambda text: None)
     assert (Path(kept) / "manifest.yaml").exists()
+
+
+def test_a_demo_that_still_trains_is_spared_and_one_that_was_ended_is_made_anew(tmp_path, plain, small_dataset):
+    shards = tmp_path / "data" / "shards-0"
+    shutil.copytree(small_dataset, shards)
+    made = manifests.validate({**plain, "name": "demo", "data": {"train": str(shards)}}, "m")
+    _, run_url = folder.claim(made, str(tmp_path / "runs"))
+    with pytest.raises(InputError, match=r"still trains; wait for it, or end it: \.venv/bin/moviola stop "):
+        demo.make_way(run_url, str(tmp_path / "data"), lambda text: None)
+    assert (Path(run_url) / "manifest.yaml").exists()
+    _event(run_url, "stopped", step=7)
+    demo.make_way(run_url, str(tmp_path / "data"), lambda text: None)
+    assert not Path(run_url).exists()
+
+
+def test_a_ray_that_does_not_start_is_one_message(monkeypatch, run_url):
+    def busy(**options):
+        raise Exception("The current node timed out during startup. This could happen because of anything.")
+
+    monkeypatch.setattr("ray.init", busy)
+    manifest = folder.load(run_url)
+    message = r"Ray did not start: The current node timed out during startup\. Its processes"
+    with pytest.raises(InputError, match=message), launch.embedded_ray(manifest):
+        pytest.fail("there is no Ray")
 
 
 def test_the_command_to_go_on_is_the_one_that_was_typed_without_secrets(monkeypatch, tmp_path):

@@ -81,9 +81,9 @@ def test_an_image_is_a_one_frame_clip_and_a_video_serves_by_one_frame() -> None:
 
 def test_too_few_frames_are_skipped_or_end_the_run() -> None:
     text = r"data/shard-000000\.tar/key: 14 frames; a clip of 9 frames at stride 2 needs 17\. Lower clip\.frames"
-    for short, error in (("skip", Skip), ("fail", InputError)):
+    for short, error, remedy in (("skip", Skip, "pack longer clips"), ("fail", InputError, "set clip.short: skip")):
         rule = ClipRule(frames=9, stride=(2, 3), sizes=((16, 16),), short=short)
-        with pytest.raises(error, match=text):
+        with pytest.raises(error, match=f"{text} or {remedy}"):
             make_clip(b"", record(14), rule, (16, 16), 1, 1, SOURCE)
     with pytest.raises(Skip, match="short"):
         make_clip(moving(10), record(40), ClipRule(frames=9, stride=(4, 4), sizes=((16, 16),)), (16, 16), 1, 1, SOURCE)

@@ -32,12 +32,16 @@ def test_all_faults_are_told_at_once(tmp_path):
         load_rules(str(file))
     message = str(caught.value)
     assert message.startswith(f"{file}: 5 faults\n")
-    assert "\n  frames: Input should be greater than 0" in message
+    assert "\n  frames: 0: input should be greater than 0" in message
     assert "\n  sizes: is not a field; there are card, frames, least_frames" in message
     assert "\n  group: '(' is not a regular expression: missing )" in message
     assert "\n  members: '../list.txt' must be a path inside the source" in message
-    assert "\n  card.licence: Input should be a valid string" in message
-    for text, expected in {"- a": "is a mapping of fields; this is list", "a: [": "not YAML"}.items():
+    assert "\n  card.licence: 3: input should be a valid string" in message
+    for text, expected in {
+        "- a": "is a mapping of fields; this is list",
+        "a: [": "not YAML",
+        "a: 2026-99-99": "not YAML",
+    }.items():
         file.write_text(text)
         with pytest.raises(InputError, match=expected.replace("is a mapping", "are a mapping")):
             load_rules(str(file))
@@ -53,10 +57,11 @@ def test_settings_change_a_file_or_the_defaults(tmp_path):
     for setting, message in {
         "frames": "--set frames: write FIELD=VALUE, for example frames=49",
         "frames.most=3": "--set frames.most=3: frames has no fields",
-        "frames=no": "--set: 1 fault\n  frames: Input should be",
+        "frames=no": "--set: 1 fault\n  frames: false: input should be",
+        "frames=2026-99-99": '--set: 1 fault\n  frames: "2026-99-99": input should be',
     }.items():
         with pytest.raises(InputError) as caught:
-            load_rules(None if "no" in setting else str(file), [setting])
+            load_rules(None if "frames=" in setting else str(file), [setting])
         assert str(caught.value).startswith(message)
 
 

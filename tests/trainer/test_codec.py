@@ -180,6 +180,18 @@ def test_a_damaged_export_is_refused(tmp_path):
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=r"model.safetensors is not what config.json says"):
         codecs.load(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"junk")
+    with pytest.raises(InputError, match=r"model.safetensors is damaged: .*; export it again"):
+        codecs.load(str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    for changed, message in (
+        ([config], r"config.json is not of a codec that `moviola export` wrote"),
+        ({**config, "model": {"down": 7}}, r"config.json was changed or cut short"),
+        ({"format": config["format"]}, r"config.json was changed or cut short"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(InputError, match=message):
+            codecs.load(str(tmp_path))
 
 
 def test_latents_of_other_weights_are_refused(video, tmp_path):

@@ -174,7 +174,7 @@ def test_lpips_weights_that_cannot_be_read_are_a_fault_of_input(tmp_path, conten
         Perceptual(PerceptualSpec(weights=str(path)))
 
 
-def test_a_failing_download_says_what_to_set(monkeypatch, tmp_path):
+def test_a_failing_download_says_what_to_set(monkeypatch, tmp_path, capsys):
     def offline(*_, **__):
         raise urllib.error.URLError("no route to host")
 
@@ -185,6 +185,7 @@ def test_a_failing_download_says_what_to_set(monkeypatch, tmp_path):
         Perceptual(PerceptualSpec(backbone="vgg"))
     with pytest.raises(InputError, match=r"'https://weights\.invalid/vgg\.pth' can't be read: URLError"):
         Perceptual(PerceptualSpec(backbone="vgg", weights="https://weights.invalid/vgg.pth"))
+    assert capsys.readouterr().out == "", "what --json prints is one object"
 
 
 def test_torchvision_imports_in_a_fresh_process_and_keeps_its_own_kernels():

@@ -61,20 +61,30 @@ def test_all_faults_in_one_go_with_the_nearest_name():
             data={"train": [{"dataset": "x", "wieght": 2}], "workers": "many"},
             zero={"stage": 7},
             name="Bad Name",
+            workers={"count": [3, 1]},
+            optimizer=None,
         )
     )
-    assert text.startswith("m.yaml: 8 faults in the manifest:")
+    assert text.startswith("m.yaml: 10 faults in the manifest:")
     for expected in (
         "bacth: no such field; did you mean 'batch'?",
         "batch: -1: input should be greater than 0",
         "data.train.0.wieght: no such field; did you mean 'weight'?",
         'data.workers: "many"',
         "zero.stage: 7",
+        "workers.count: [3, 1]: the least number comes first",
+        "optimizer: null: a mapping of fields belongs here",
         'name: "Bad Name": use 1 to 40 small letters',
         "model.down: 9",
         "model.motion_chanels: no such field; did you mean 'motion_channels'?",
     ):
         assert expected in text, text
+
+
+def test_a_fault_is_told_in_the_terms_of_the_file():
+    assert "data.train: []: give at least 1" in _faults(_with(data={"train": []}))
+    assert "optimizer.betas.0: 2: input should be less than 1" in _faults(_with(optimizer={"betas": [2, 0]}))
+    assert "clip: 3: a mapping of fields belongs here" in _faults(_with(clip=3))
 
 
 def test_faults_that_only_show_together():

@@ -9,8 +9,10 @@ Legend: B clips, C channels (3, RGB), T frames, H height, W width.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
+import sys
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -114,7 +116,8 @@ def _published(spec: PerceptualSpec) -> tuple[dict[str, Tensor], str]:
 
     weights = torchvision.models.get_weight(PUBLISHED[spec.backbone])
     try:
-        return weights.get_state_dict(progress=False, check_hash=True), "torchvision ImageNet weights"
+        with contextlib.redirect_stdout(sys.stderr):  # torch.hub tells of a download where results go
+            return weights.get_state_dict(progress=False, check_hash=True), "torchvision ImageNet weights"
     except (OSError, RuntimeError) as error:
         raise InputError(
             f"The ImageNet weights of LPIPS's {spec.backbone} backbone can't be downloaded from {weights.url}: "
@@ -126,9 +129,10 @@ def _published(spec: PerceptualSpec) -> tuple[dict[str, Tensor], str]:
 def _stored(spec: PerceptualSpec) -> tuple[dict[str, Tensor], str]:
     try:
         if spec.weights.startswith(("http://", "https://")):
-            state = torch.hub.load_state_dict_from_url(
-                spec.weights, map_location="cpu", progress=False, weights_only=True
-            )
+            with contextlib.redirect_stdout(sys.stderr):
+                state = torch.hub.load_state_dict_from_url(
+                    spec.weights, map_location="cpu", progress=False, weights_only=True
+                )
         else:
             state = torch.load(spec.weights, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen types for a file that is missing, torn or not weights
