@@ -43,6 +43,10 @@ Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change any field, e.g. optimizer.lr=1e-4.")
 ]
 Name = Annotated[str | None, typer.Option("--name", help="Name of the run, in place of the manifest's.")]
+Cluster = Annotated[
+    str, typer.Option("--cluster", metavar="CLUSTER", help="local, http://HOST:8265 (Ray's dashboard) or kubernetes.")
+]
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="Show what it says until it ends.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
@@ -73,7 +77,94 @@ def train(
 
 
 @app.command()
-def resume(run: RunName, runs: Runs = "./runs", sets: Sets = None, as_json: Json = False) -> None:
+def submit(
+    manifest: Manifest,
+    cluster: Cluster,
+    sets: Sets = None,
+    name: Name = None,
+    runs: Runs = "./runs",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Judge the manifest for the cluster; for kubernetes, print the RayJob.")
+    ] = False,
+    follow: Follow = False,
+    as_json: Json = False,
+) -> None:
+    """Hand a run to something that outlives this command, and return with its name; `-f` follows it.
+
+    The same command goes on with a run that was stopped, at another size or on another cluster if asked.
+    """
+    from trainer import manifest as manifests
+
+    wanted = manifests.load(manifest, sets or [], name=name)
+    if not dry_run:
+        _submit(wanted, runs, cluster, follow, as_json)
+        return
+    from cluster import kubernetes
+    from cluster import submit as submitting
+    from trainer import run as folder
+
+    submitting.known(cluster)
+    run_url = folder.url_of(runs, wanted.name)
+    if cluster == "kubernetes":
+        job = kubernetes.render(wanted, run_url, f"{wanted.name}-000000", submitting.environment())
+        out.print(kubernetes.text(job), end="", highlight=False)
+    faults = list(submitting.judge(wanted, runs, cluster))
+    if faults:
+        listing = "\n  ".join(faults)
+        raise InputError(f"{wanted.name} can't run on {cluster}:\n  {listing}", status=2)
+    if cluster != "kubernetes":
+        _dry_run(wanted, as_json)
+
+
+def _submit(wanted: Any, runs: str, cluster: str, follow: bool, as_json: bool) -> None:
+    from cluster import submit as submitting
+
+    given = submitting.submit(wanted, runs, cluster)
+    if as_json:
+        out.print_json(data=dataclasses.asdict(given))
+    else:
+        out.print(given.name)
+    if given.job is None:
+        err.print(f"run {given.name} is done already: {storage.redact(given.url)}")
+        return
+    err.print(f"run {given.name} in {storage.redact(given.url)}: job {given.job} on {cluster}")
+    if not follow:
+        err.print(f"  moviola logs {given.name} -f --runs {storage.redact(runs)}")
+        return
+    _follow(given.url, given.name, forever=True)
+
+
+def _follow(run_url: str, name: str, *, forever: bool) -> None:
+    from cluster import submit as submitting
+
+    state = submitting.follow(run_url, lambda line: out.print(storage.redact(line), highlight=False), forever=forever)
+    if forever and state == "failed":
+        raise typer.Exit(1)
+    if forever and state == "stopped":
+        raise typer.Exit(STOPPED)
+
+
+@app.command()
+def logs(run: RunName, follow: Follow = False, runs: Runs = "./runs") -> None:
+    """What happened to a run and what it trained, from its storage; `-f` goes on until it ends."""
+    from trainer import run as folder
+
+    _, run, run_url = _run(run, runs)
+    folder.load(run_url)
+    _follow(run_url, run, forever=follow)
+
+
+@app.command()
+def resume(
+    run: RunName,
+    runs: Runs = "./runs",
+    sets: Sets = None,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", metavar="CLUSTER", help="As for submit; by default in the foreground.")
+    ] = None,
+    follow: Follow = False,
+    as_json: Json = False,
+) -> None:
     """Go on with a run from its newest committed checkpoint; `--set workers.count=N` at another world size."""
     from cluster import launch
     from trainer import manifest as manifests
@@ -82,6 +173,9 @@ def resume(run: RunName, runs: Runs = "./runs", sets: Sets = None, as_json: Json
     runs, run, run_url = _run(run, runs)
     folder.load(run_url)
     wanted = manifests.load(storage.join(run_url, "manifest.yaml"), sets or [], name=run)
+    if cluster is not None:
+        _submit(wanted, runs, cluster, follow, as_json)
+        return
     claimed, run_url = folder.claim(wanted, runs)
     _finish(launch.foreground(claimed, run_url, err), run, run_url, _again(), as_json)
 
@@ -170,9 +264,9 @@ def _cells(*values: Any) -> list[str]:
 @app.command()
 def status(run: RunName, runs: Runs = "./runs", as_json: Json = False) -> None:
     """One run, from its storage: state, step, loss, commits, restarts and where every second went."""
-    from cluster import runs as known
+    from cluster import submit as submitting
 
-    state = dataclasses.asdict(known.status(_run(run, runs)[2]))
+    state = dataclasses.asdict(submitting.refresh(_run(run, runs)[2]))
     if as_json:
         out.print_json(data=state)
         return
@@ -190,13 +284,13 @@ def status(run: RunName, runs: Runs = "./runs", as_json: Json = False) -> None:
 @app.command()
 def stop(run: RunName, runs: Runs = "./runs") -> None:
     """Ask a run to commit a checkpoint and end."""
-    from cluster import runs as known
+    from cluster import submit as submitting
 
     _, run, run_url = _run(run, runs)
-    state = known.status(run_url).state
+    state = submitting.refresh(run_url).state
     if state in ("done", "stopped", "failed"):
         raise InputError(f"run {run} is already {state}")
-    known.ask_to_stop(run_url, "moviola stop")
+    submitting.stop(run_url)
     err.print(f"asked {run} to stop; `moviola status {run}` says when its checkpoint is committed")
 
 

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
 from pipelines import storage
@@ -14,8 +15,11 @@ from trainer import checkpoint
 from trainer.run import load
 from trainer.telemetry import goodput, read_lines
 
-State = Literal["new", "running", "stopped", "done", "failed", "silent"]
+State = Literal["new", "waiting", "running", "stopped", "done", "failed", "silent"]
+"""``waiting``: a cluster has it and has not begun; ``silent``: not heard of for a while, or its process is gone."""
 SILENT_SECONDS = 120.0
+BEGINNINGS = ("launch", "driver", "start")
+"""Events by which a run begins again: a command was given, its driver runs on a cluster, an attempt trains."""
 
 
 def ask_to_stop(run_url: str, reason: str) -> None:
@@ -40,6 +44,7 @@ class Status:
 
     name: str
     state: State
+    cluster: str | None
     attempt: int
     stage: str | None
     step: int
@@ -62,12 +67,14 @@ def status(run_url: str) -> Status:
     happened, logged = events(run_url), metrics(run_url, tail_bytes=1 << 16)
     last = logged[-1] if logged else None
     starts = [e for e in happened if e["event"] == "start"]
-    ends = [e for e in happened if e["event"] in ("done", "stopped", "failed", "launch", "start")]
+    ends = [e for e in happened if e["event"] in ("done", "stopped", "failed", *BEGINNINGS)]
     heard = max([e["time"] for e in happened] + ([last["time"]] if last else []), default=0.0)
     state: State = "new"
     if ends:
-        state = "running" if ends[-1]["event"] in ("launch", "start") else ends[-1]["event"]
-        if state == "running" and (time.time() - heard > SILENT_SECONDS or _gone(happened)):
+        state = "running" if ends[-1]["event"] in BEGINNINGS else ends[-1]["event"]
+        if ends[-1]["event"] == "launch" and "cluster" in ends[-1]:
+            state = "waiting"
+        elif state == "running" and (time.time() - heard > SILENT_SECONDS or _gone(happened)):
             state = "silent"
     deaths = [e for e in happened if e["event"] == "restart"]
     causes: dict[str, int] = {}
@@ -82,6 +89,7 @@ def status(run_url: str) -> Status:
     return Status(
         name=run.name,
         state=state,
+        cluster=(launched(happened) or {}).get("cluster"),
         attempt=max((e["attempt"] for e in starts), default=0),
         stage=schedule.stage(min(step, schedule.steps - 1)).name,
         step=step,
@@ -98,10 +106,55 @@ def status(run_url: str) -> Status:
     )
 
 
+def story(happened: list[dict[str, Any]], logged: list[dict[str, Any]]) -> list[str]:
+    """Events and logged steps as lines, oldest first, each with its local time."""
+    lines = [(e["time"], told(e)) for e in happened]
+    for line in logged:
+        speed = f"{line['clips_per_second']:.1f} clips/s"
+        lines.append(
+            (line["time"], f"{line['stage']} step {line['step'] + 1}  loss {float(line['loss']):.4g}  {speed}")
+        )
+    return [f"{datetime.fromtimestamp(when):%Y-%m-%d %H:%M:%S}  {text}" for when, text in sorted(lines)]
+
+
+def told(event: Mapping[str, Any]) -> str:
+    """An event in words."""
+    match event["event"]:
+        case "launch" if "cluster" in event:
+            return f"given to {event['cluster']} as job {event['job']}"
+        case "launch":
+            return f"launched by process {event['pid']} on {event['host']}"
+        case "driver":
+            return f"driven by process {event['pid']} on {event['host']}"
+        case "start":
+            step = event["from_step"]
+            where = f"from the checkpoint of step {step}" if step else "from step 0"
+            return f"attempt {event['attempt']}: {event['world']} workers, {where}"
+        case "stage":
+            return f"stage {event['stage']} begins at step {event['step']}"
+        case "commit":
+            return f"checkpoint of step {event['step']} committed"
+        case "restart":
+            who = "the controller" if event["rank"] is None else f"worker {event['rank']}"
+            return f"{who} {event['cause']}; restarting from the last commit"
+        case "done" | "stopped":
+            return f"{event['event']} at step {event['step']}"
+        case kind:
+            if "message" in event:
+                return f"{kind}: {event['message']}"
+            said = {k: v for k, v in event.items() if k not in ("time", "event", "attempt", "ledger")}
+            return " ".join([kind, *(f"{key} {value}" for key, value in said.items())])
+
+
+def launched(happened: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The newest launch: by a process of ``host``, or as ``job`` of a ``cluster``."""
+    return next((e for e in reversed(happened) if e["event"] == "launch"), None)
+
+
 def _gone(happened: list[dict[str, Any]]) -> bool:
-    """Whether the process that launched the run last was one of this machine's, and is no more."""
-    launch = [e for e in happened if e["event"] == "launch"][-1:]
-    if not launch or launch[0]["host"] != socket.gethostname():
+    """Whether the process that drove the run last was one of this machine's, and is no more."""
+    launch = [e for e in happened if e["event"] in ("launch", "driver")][-1:]
+    if not launch or launch[0].get("host") != socket.gethostname():
         return False
     try:
         os.kill(launch[0]["pid"], 0)

@@ -37,6 +37,10 @@ IN_WORDS = {
 """Faults that pydantic names in Python's terms, in YAML's."""
 GREATEST_BATCH, GREATEST_WORKERS = 1 << 20, 1 << 14
 DnsLabel = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$")]
+LabelKey = Annotated[
+    str, Field(pattern=r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$")
+]
+LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$")]
 DnsName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -151,9 +155,9 @@ class TelemetrySpec(_Part):
 class Toleration(_Part):
     """A taint that worker pods tolerate, as in a pod's specification."""
 
-    key: str | None = Field(None, max_length=316, description="The taint's key; None tolerates every key.")
+    key: LabelKey | None = Field(None, description="The taint's key; None tolerates every key.")
     operator: Literal["Exists", "Equal"] = "Exists"
-    value: str | None = Field(None, max_length=63, description="The taint's value; for Equal.")
+    value: LabelValue | None = Field(None, description="The taint's value; for Equal.")
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
 
     @model_validator(mode="after")
@@ -169,13 +173,17 @@ class KubernetesSpec(_Part):
     """What only a RayJob needs. A head pod, which trains nothing, and pods of ``workers_per_pod`` workers each."""
 
     image: str = Field(
-        max_length=512, pattern=r"^[a-z0-9][\w./:@-]*$", description="The image of this repository's Dockerfile."
+        max_length=512,
+        pattern=r"^[a-z0-9][A-Za-z0-9_./:@-]*$",
+        description="The image of this repository's Dockerfile.",
     )
     namespace: DnsLabel = "default"
     queue: DnsLabel | None = Field(None, description="Kueue's LocalQueue, which starts the job when there is room.")
     spot: bool = Field(True, description="Worker pods may run on spot nodes; the head never does.")
     tolerations: tuple[Toleration, ...] = Field((), description="Further taints that worker pods tolerate.")
-    node_selector: Mapping[str, str] = Field(default_factory=dict, description="Labels of the workers' nodes.")
+    node_selector: Mapping[LabelKey, LabelValue] = Field(
+        default_factory=dict, description="Labels of the workers' nodes."
+    )
     service_account: DnsName | None = Field(None, description="For access to storage without keys.")
     secrets: tuple[DnsName, ...] = Field((), description="Secrets whose keys become environment variables.")
     workers_per_pod: PositiveInt = Field(1, le=64, description="Workers that share a pod: the GPUs of a machine.")

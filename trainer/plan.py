@@ -64,6 +64,7 @@ def dry_run(manifest: RunManifest) -> dict[str, Any]:
             ],
             "workers": shares,
         },
+        "checkpoint_bytes": 4 * total + 8 * trained + (4 * total if manifest.ema else 0) + 12 * discriminator,
         "memory": [
             {
                 **_memory(manifest, share["workers"], total, trained, discriminator),

@@ -7,7 +7,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from pipelines.faults import InputError
 from trainer import checkpoint, manifest
 from trainer.manifest import RunManifest
 from trainer.recipe import Recipe
+from trainer.stage import Stage
 
 
 def url_of(runs: str, name: str) -> str:
@@ -27,14 +28,17 @@ def url_of(runs: str, name: str) -> str:
     return storage.join(storage.absolute(runs), name)
 
 
-def claim(run: RunManifest, runs: str) -> tuple[RunManifest, str]:
+def claim(run: RunManifest, runs: str, launch: Mapping[str, Any] | None = None) -> tuple[RunManifest, str]:
     """Takes the run's name on storage, or finds the same run there.
 
-    Makes local paths absolute, pins every dataset's digest and writes the resolved ``manifest.yaml``. Raises InputError
-    where the name belongs to another manifest (with the difference), data is missing, or storage can't be written.
+    Makes local paths absolute, pins every dataset's digest and writes the resolved ``manifest.yaml``. ``launch`` says
+    by what the run goes on, where it is not by this process. Raises InputError where the name belongs to another
+    manifest (with the difference), data is missing, or storage can't be written.
     """
     run_url = url_of(runs, run.name)
     stored = load(run_url, missing_ok=True)
+    if faults := data_faults(run):
+        raise InputError("\n".join(faults))
     pinned = _pin(run, stored)
     if stored is not None:
         changes = list(manifest.difference(stored.identity(), pinned.identity()))
@@ -48,9 +52,44 @@ def claim(run: RunManifest, runs: str) -> tuple[RunManifest, str]:
     text = yaml.safe_dump(pinned.resolved(), sort_keys=False, width=120)
     storage.write_bytes(storage.join(run_url, "manifest.yaml"), text.encode())
     storage.delete(storage.join(run_url, "stop.json"))
-    launch = {"time": time.time(), "event": "launch", "attempt": 0, "host": socket.gethostname(), "pid": os.getpid()}
-    storage.append_text(storage.join(run_url, "events.jsonl"), json.dumps(launch) + "\n")
+    by = {"host": socket.gethostname(), "pid": os.getpid()} if launch is None else launch
+    event = {"time": time.time(), "event": "launch", "attempt": 0, **by}
+    storage.append_text(storage.join(run_url, "events.jsonl"), json.dumps(event) + "\n")
     return pinned, run_url
+
+
+def data_faults(run: RunManifest) -> list[str]:
+    """Datasets that are not there or damaged, and those whose clips are too short for a stage."""
+    refs = [(f"data.train.{i}.dataset", ref) for i, ref in enumerate(run.data.train)]
+    refs += [(f"data.images.{i}.dataset", ref) for i, ref in enumerate(run.data.images)]
+    refs += [("data.eval", manifest.DatasetRef(dataset=run.data.eval))] if run.data.eval else []
+    faults: list[str] = []
+    for field, ref in refs:
+        try:
+            dataset = index.open_dataset(storage.absolute(ref.dataset), expect=ref.digest)
+        except InputError as error:
+            faults.append(f"{field}: {error}")
+            continue
+        if field.startswith("data.train"):
+            stages = run.schedule.stages
+            faults += [f"{field}: {ref.dataset}: {line}" for s in stages if (line := _too_short(dataset.card, s))]
+    return faults
+
+
+def _too_short(card: index.Card, stage: Stage) -> str | None:
+    """Why the stage can't train on the dataset, from the lengths on its card."""
+    frames, needed = card.statistics.get("frames"), stage.clip.least_frames
+    if not frames or needed == 1:
+        return None
+    which = {"greatest": "longest"} | ({"least": "shortest"} if stage.clip.short == "fail" else {})
+    for key, word in which.items():
+        if frames[key] < needed:
+            return (
+                f"its {word} clip has {frames[key]:.0f} frames; stage {stage.name!r} needs {needed} "
+                f"({stage.clip.frames} at stride {stage.clip.stride[0]}). Lower stages.{stage.name}.clip.frames, "
+                "or pack longer clips"
+            )
+    return None
 
 
 def _pin(run: RunManifest, stored: RunManifest | None) -> RunManifest:

@@ -1,0 +1,383 @@
+"""A run handed to something that outlives the command: a Ray of its own on this machine, a Ray cluster, or KubeRay.
+
+What is to be run lies on the run's storage before anything is asked to run it; ``cluster/job.py`` reads it there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import re
+import secrets
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from cluster import kubernetes, runs
+from pipelines import storage
+from pipelines.faults import InputError, near
+from trainer import checkpoint, plan
+from trainer import run as folder
+from trainer.manifest import LEAVE_SECONDS, RunManifest
+
+PACKAGES = ("pipelines", "trainer", "cluster")
+PASSED_ON = ("MOVIOLA_S3_ENDPOINT", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+"""Variables that a cluster's workers get from here. Keys are none of them: a cluster has its own, or roles."""
+PROCESS_BYTES = 3 << 30
+"""Python, torch and DeepSpeed of one rank, beside data and state."""
+FASTEST_BYTES_PER_SECOND = 1 << 30
+"""More than one worker uploads; a checkpoint that takes too long at this rate takes too long at any."""
+ENDED = {"SUCCEEDED": "done", "STOPPED": "stopped", "FAILED": "failed"}
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A run that goes on by itself; ``job`` is its name where it runs, None where there was nothing left to do."""
+
+    name: str
+    url: str
+    cluster: str
+    job: str | None
+
+
+def submit(manifest: RunManifest, runs_url: str, target: str) -> Submitted:
+    """Judges the manifest for ``target`` (``local``, ``http://HOST:8265`` or ``kubernetes``) and hands the run over.
+
+    A run of the same manifest goes on from its last commit. Raises InputError with all faults at once, or where the run
+    is running, the name is taken by another manifest, or the target refuses.
+    """
+    client = connect(target, manifest)
+    if faults := list(judge(manifest, runs_url, target)):
+        listing = "\n  ".join(faults)
+        raise InputError(f"{manifest.name} can't run on {target}:\n  {listing}", status=2)
+    if folder.load(folder.url_of(runs_url, manifest.name), missing_ok=True) is not None:
+        state = refresh(folder.url_of(runs_url, manifest.name))
+        if state.state in ("running", "waiting"):
+            raise InputError(
+                f"run {manifest.name} is {state.state} already (attempt {state.attempt}). "
+                f"`moviola logs {manifest.name} -f` follows it; to move it, `moviola stop {manifest.name}` first"
+            )
+    job = f"{manifest.name}-{secrets.token_hex(3)}"
+    launch = {"cluster": target, "job": job}
+    if target == "kubernetes":
+        launch["namespace"] = _required(manifest.kubernetes).namespace
+        manifest = _scraped(manifest)
+    claimed, run_url = folder.claim(manifest, runs_url, launch)
+    if checkpoint.newest_step(run_url) == claimed.schedule.steps:
+        _note(run_url, "done", step=claimed.schedule.steps)
+        return Submitted(claimed.name, run_url, target, None)
+    try:
+        if target == "local":
+            _start_here(run_url, job)
+        elif target == "kubernetes":
+            kubernetes.create(client, kubernetes.render(claimed, run_url, job, environment()))
+        else:
+            _start_there(client, run_url, job)
+    except InputError as error:
+        _note(run_url, "failed", message=str(error))
+        raise
+    return Submitted(claimed.name, run_url, target, job)
+
+
+def connect(target: str, manifest: RunManifest) -> Any:
+    """The client of a target; raises InputError where it is none, or does not answer."""
+    if target == "local":
+        return None
+    if target == "kubernetes":
+        if manifest.kubernetes is None:
+            raise InputError(kubernetes.MISSING, status=2)
+        api = kubernetes.connect()
+        kubernetes.check(api, manifest.kubernetes.namespace)
+        return api
+    known(target)
+    return _ray(target)
+
+
+def known(target: str) -> None:
+    """Raises InputError where ``target`` is no cluster."""
+    if target in ("local", "kubernetes"):
+        return
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(target)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port is not None:
+            if parts.username or parts.password:
+                raise InputError("--cluster: keys don't belong in the address; set RAY_AUTH_TOKEN", status=2)
+            return
+    raise InputError(
+        f"--cluster {storage.redact(target)!r}: no cluster{near(target, ('local', 'kubernetes'))} Use local, "
+        "http://HOST:8265 (the address of Ray's dashboard) or kubernetes",
+        status=2,
+    )
+
+
+def _ray(address: str) -> Any:
+    from ray.job_submission import JobSubmissionClient
+
+    parts = urlsplit(address)
+    try:
+        socket.create_connection((parts.hostname, parts.port or 80), 5).close()
+        return JobSubmissionClient(address)
+    except (OSError, ConnectionError, RuntimeError) as error:
+        reason = storage.redact(str(error).strip().splitlines()[0][:300])
+        raise InputError(
+            f"no Ray answers at {address}: {reason}. It is the dashboard's address, port 8265 unless it was moved; "
+            "RAY_AUTH_TOKEN holds the token where the cluster wants one"
+        ) from None
+
+
+def environment() -> dict[str, str]:
+    """What a cluster's processes need to find storage, without keys."""
+    return {name: os.environ[name] for name in PASSED_ON if os.environ.get(name)}
+
+
+def judge(manifest: RunManifest, runs_url: str, target: str) -> Iterator[str]:
+    """What only shows of the manifest and the target together: field, value, reason, remedy."""
+    yield from _places(manifest, runs_url, target)
+    data = folder.data_faults(manifest)
+    yield from data
+    facts = plan.dry_run(manifest)
+    fewest = facts["memory"][0]
+    share, seconds = facts["checkpoint_bytes"] / fewest["workers"], manifest.failure.grace_seconds
+    if LEAVE_SECONDS + 2 * share / FASTEST_BYTES_PER_SECOND > seconds:
+        yield (
+            f"failure.grace_seconds: {seconds:g}: each of {fewest['workers']} workers commits {_gib(share)} twice in "
+            "the notice, too much even at 1 GiB/s. Raise workers.count, or this where the notice is longer"
+        )
+    spec = manifest.kubernetes
+    if target == "kubernetes" and spec is not None:
+        needed, has = host_bytes(manifest, fewest) * spec.workers_per_pod, spec.memory_gb << 30
+        if needed > has:
+            yield (
+                f"kubernetes.memory_gb: {spec.memory_gb}: {spec.workers_per_pod} workers need about {_gib(needed)} for "
+                "data, model states and Python itself. Raise it, or lower batch, micro_batch or data.memory_mb"
+            )
+    if target == "local":
+        yield from _here(manifest, fewest)
+        if not storage.is_remote(runs_url):
+            kept = facts["checkpoint_bytes"] * (manifest.checkpoint.keep + 1)
+            free = shutil.disk_usage(_existing(runs_url)).free
+            if kept > free:
+                yield (
+                    f"checkpoint.keep: {manifest.checkpoint.keep}: that many checkpoints and one in the making take "
+                    f"{_gib(kept)}, and {runs_url} has {_gib(free)} free. Lower it, or name another folder (--runs)"
+                )
+
+
+def _places(manifest: RunManifest, runs_url: str, target: str) -> Iterator[str]:
+    """Storage that the cluster can't reach, and keys that it would show to everyone."""
+    if target == "local":
+        return
+    stages = [s for s in manifest.schedule.stages if s.init_from]
+    places = [("--runs", runs_url)]
+    places += [(f"data.train.{i}.dataset", ref.dataset) for i, ref in enumerate(manifest.data.train)]
+    places += [(f"data.images.{i}.dataset", ref.dataset) for i, ref in enumerate(manifest.data.images)]
+    places += [("data.eval", manifest.data.eval)] if manifest.data.eval else []
+    places += [(f"stages.{stage.name}.init_from", str(stage.init_from)) for stage in stages]
+    near_by = target != "kubernetes" and _loopback(urlsplit(target).hostname or "")
+    for field, url in places:
+        if re.search(r"://[^/\s]*@", url):
+            yield (
+                f"{field}: {storage.redact(url)}: keys in a URL would stand in the cluster's list of jobs. Give the "
+                "cluster's machines keys or a role of their own"
+            )
+        elif not storage.is_remote(url) and target == "kubernetes":
+            yield f"{field}: {url}: a folder of this machine, which pods don't have. Use s3://BUCKET/PREFIX"
+        elif not storage.is_remote(url) and not near_by and not url.startswith(("/", "file:")):
+            yield (
+                f"{field}: {url}: a folder of this machine. Use s3://BUCKET/PREFIX, or the full path of a folder that "
+                "all machines of the cluster share"
+            )
+    for name in ("MOVIOLA_S3_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        endpoint = os.environ.get(name, "")
+        if near_by or not _loopback(urlsplit(endpoint).hostname or ""):
+            continue
+        yield (
+            f"{name}: {storage.redact(endpoint)}: this machine's loopback, where the cluster's machines "
+            "find nothing. Name the store as they see it"
+        )
+
+
+def _loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def host_bytes(manifest: RunManifest, memory: Mapping[str, Any]) -> int:
+    """Main memory of one worker: data, and the model's states once on a GPU's host (a checkpoint's snapshot), else with
+    activations and the snapshot.
+    """
+    states = memory["model_states"]
+    own = states if manifest.workers.gpus else 2 * states + (memory["activations"] or 0)
+    return PROCESS_BYTES + (manifest.data.memory_mb << 20) + own
+
+
+def _here(manifest: RunManifest, memory: Mapping[str, Any]) -> Iterator[str]:
+    """What this machine lacks for the fewest workers."""
+    import psutil
+    import torch
+
+    workers = manifest.workers
+    needed, has = host_bytes(manifest, memory) * workers.least, psutil.virtual_memory().total
+    if needed > has:
+        yield (
+            f"workers.count: {workers.least}: they need about {_gib(needed)} of memory, this machine has {_gib(has)}. "
+            "Lower it, batch, micro_batch or data.memory_mb"
+        )
+    if not workers.gpus:
+        return
+    devices = torch.cuda.device_count()
+    if workers.gpus * workers.least > devices:
+        yield (
+            f"workers.gpus: {workers.gpus:g}: {workers.least} workers ask for {workers.gpus * workers.least:g} GPUs, "
+            f"this machine has {devices}. Lower workers.count or workers.gpus (0 trains on CPU), or use another cluster"
+        )
+    yield from gpu_faults(memory, [torch.cuda.get_device_properties(i).total_memory for i in range(devices)][:1])
+
+
+def gpu_faults(memory: Mapping[str, Any], sizes: list[int]) -> Iterator[str]:
+    """Whether what a rank keeps on its GPU fits the smallest of ``sizes`` (bytes)."""
+    needed = memory["model_states"] + (memory["activations"] or 0)
+    if sizes and needed > min(sizes):
+        yield (
+            f"micro_batch: a rank keeps about {_gib(needed)} on its GPU, which has {_gib(min(sizes))}. Lower it, "
+            "raise zero.stage or workers.count, or set the model's recomputation"
+        )
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:,.1f} GiB"
+
+
+def _existing(path: str) -> Path:
+    here = Path(storage.absolute(path).removeprefix("file://"))
+    return next(parent for parent in (here, *here.parents) if parent.exists())
+
+
+def _scraped(manifest: RunManifest) -> RunManifest:
+    """With metrics on the pod's network, at a known port, where they would be on loopback: a PodMonitor reads them."""
+    telemetry = manifest.telemetry
+    if (telemetry.bind, telemetry.port) != ("127.0.0.1", 0):
+        return manifest
+    pod = telemetry.model_copy(update={"bind": "0.0.0.0", "port": kubernetes.METRICS_PORT})
+    return manifest.model_copy(update={"telemetry": pod})
+
+
+def _start_here(run_url: str, job: str) -> None:
+    """A process of its own session, which goes on when the terminal closes."""
+    local = not storage.is_remote(run_url)
+    log = Path(run_url.removeprefix("file://") if local else tempfile.gettempdir()) / ("driver.log" if local else job)
+    surroundings = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cluster.job", run_url, "--launch", job],
+            stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=surroundings, start_new_session=True,
+        )  # fmt: skip
+    _note(run_url, "driver", job=job, host=socket.gethostname(), pid=process.pid, log=str(log))
+
+
+def _start_there(client: Any, run_url: str, job: str) -> None:
+    """A job of a Ray cluster, with this code as its working directory."""
+    with tempfile.TemporaryDirectory(prefix="moviola-code-") as staged:
+        for package in PACKAGES:
+            source = Path(__file__).parents[1] / package
+            shutil.copytree(source, Path(staged) / package, ignore=shutil.ignore_patterns("__pycache__"))
+        try:
+            client.submit_job(
+                entrypoint=shlex.join(["python", "-m", "cluster.job", run_url, "--launch", job]),
+                submission_id=job,
+                runtime_env={"working_dir": staged, "env_vars": environment()},
+                metadata={"moviola-run-url": run_url},
+            )
+        except (OSError, RuntimeError) as error:
+            reason = storage.redact(str(error).strip().splitlines()[0][:300])
+            raise InputError(f"the cluster refused the job: {reason}") from None
+
+
+def refresh(run_url: str) -> runs.Status:
+    """A run's status from storage. Where a cluster has it and nothing was heard, the cluster is asked how it ended."""
+    state = runs.status(run_url)
+    if state.state not in ("waiting", "silent"):
+        return state
+    launch = runs.launched(runs.events(run_url)) or {}
+    with contextlib.suppress(InputError):  # a cluster that is gone can't be asked
+        if said := _said(launch):
+            outcome, why = said
+            if outcome == "stopped":
+                _note(run_url, "stopped", step=state.last_commit_step or 0)
+            elif outcome == "failed" or state.state == "waiting":
+                _note(run_url, "failed", message=f"{launch['cluster']}: job {launch['job']}: {why}")
+            return runs.status(run_url)
+    return state
+
+
+def _said(launch: Mapping[str, Any]) -> tuple[str, str] | None:
+    cluster = launch.get("cluster", "local")
+    if cluster == "local":
+        return None
+    if cluster == "kubernetes":
+        return kubernetes.outcome(kubernetes.connect(), launch["namespace"], launch["job"])
+    try:
+        info = _ray(cluster).get_job_info(launch["job"])
+    except RuntimeError as error:
+        return "failed", storage.redact(str(error).strip().splitlines()[0][:300])
+    ended = ENDED.get(str(getattr(info.status, "value", info.status)))
+    return (ended, storage.redact((info.message or "no reason given").strip())) if ended else None
+
+
+def stop(run_url: str) -> None:
+    """Asks for a committed checkpoint and the end; a job that no machine has begun with is taken back."""
+    runs.ask_to_stop(run_url, "moviola stop")
+    state, launch = runs.status(run_url), runs.launched(runs.events(run_url)) or {}
+    if state.state != "waiting":
+        return
+    if launch["cluster"] == "kubernetes":
+        kubernetes.delete(kubernetes.connect(), launch["namespace"], launch["job"])
+    else:
+        _ray(launch["cluster"]).stop_job(launch["job"])
+    _note(run_url, "stopped", step=state.last_commit_step or 0)
+
+
+def follow(run_url: str, show: Callable[[str], None], *, forever: bool) -> runs.State:
+    """Shows what a run says, all of it so far and, with ``forever``, what comes until it ends; gives its last state."""
+    from cluster.launch import Follower
+
+    logs = [Follower(storage.join(run_url, f"{name}.jsonl")) for name in ("events", "metrics")]
+    seen = [runs.events(run_url), runs.metrics(run_url)]
+    for line in runs.story(*seen):
+        show(line)
+    state = refresh(run_url)
+    pause, asked, silent = 2.0 if storage.is_remote(run_url) else 0.5, time.monotonic(), False
+    while forever and state.state not in ("done", "stopped", "failed"):
+        time.sleep(pause)
+        fresh = [[r for r in log.new() if r not in old] for log, old in zip(logs, seen, strict=True)]
+        seen = [[], []]
+        for line in runs.story(*fresh):
+            show(line)
+        if any(event["event"] in ("done", "stopped", "failed") for event in fresh[0]) or time.monotonic() - asked > 10:
+            state, asked = refresh(run_url), time.monotonic()
+            if state.state == "silent" and not silent:
+                show(f"nothing was heard of {state.name} for a while; `moviola status {state.name}` says what is known")
+            silent = state.state == "silent"
+    return state.state
+
+
+def _note(run_url: str, event: str, **fields: Any) -> None:
+    from cluster.launch import _note as note
+
+    note(run_url, event, **fields)
+
+
+def _required(value: Any) -> Any:
+    assert value is not None
+    return value
