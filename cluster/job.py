@@ -19,6 +19,7 @@ from rich.console import Console
 
 from cluster import launch, runs, submit
 from cluster.cli import guarded
+from cluster.events import note
 from pipelines import storage
 from pipelines.faults import InputError
 from trainer import checkpoint, plan
@@ -44,15 +45,15 @@ def drive(run_url: str, job: str) -> int:
         raise InputError(f"a new cluster won't help: {message}")
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
     if on_cluster:
-        launch._note(run_url, "driver", job=job, host=socket.gethostname(), pid=os.getpid())
+        note(run_url, "driver", job=job, host=socket.gethostname(), pid=os.getpid())
     if _asked_to_stop(run_url):
-        launch._note(run_url, "stopped", step=checkpoint.newest_step(run_url) or 0)
+        note(run_url, "stopped", step=checkpoint.newest_step(run_url) or 0)
         return 0
     if on_cluster:
         try:
             inspect(manifest, run_url)
         except InputError as error:
-            launch._note(run_url, "failed", job=job, message=storage.redact(str(error)), fault="input")
+            note(run_url, "failed", job=job, message=storage.redact(str(error)), fault="input")
             raise
     console = Console(width=160, soft_wrap=True, markup=False)
     outcome = launch.foreground(manifest, run_url, console, watch=_until_asked(run_url))
@@ -120,7 +121,7 @@ def _machines(manifest: RunManifest, nodes: list[dict[str, Any]], run_url: str) 
         f"{workers.gpus:g} GPUs ({len(alive)} machines, {have} in all)"
     )
     if os.environ.get("MOVIOLA_CLUSTER_GROWS") == "1":
-        launch._note(run_url, "warning", message=f"{fault}; waiting for more machines")
+        note(run_url, "warning", message=f"{fault}; waiting for more machines")
     else:
         yield f"{fault}. Lower workers.count, cpus or gpus, or add machines"
 

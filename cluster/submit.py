@@ -24,6 +24,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cluster import kubernetes, runs
+from cluster.events import Follower, note
 from pipelines import storage
 from pipelines.faults import InputError, near
 from trainer import checkpoint, plan
@@ -74,7 +75,7 @@ def submit(manifest: RunManifest, runs_url: str, target: str) -> Submitted:
         manifest = _scraped(manifest)
     claimed, run_url = folder.claim(manifest, runs_url, launch)
     if checkpoint.newest_step(run_url) == claimed.schedule.steps:
-        _note(run_url, "done", step=claimed.schedule.steps)
+        note(run_url, "done", step=claimed.schedule.steps)
         return Submitted(claimed.name, run_url, target, None)
     try:
         if target == "local":
@@ -84,7 +85,7 @@ def submit(manifest: RunManifest, runs_url: str, target: str) -> Submitted:
         else:
             _start_there(client, run_url, job)
     except InputError as error:
-        _note(run_url, "failed", message=str(error))
+        note(run_url, "failed", message=str(error))
         raise
     return Submitted(claimed.name, run_url, target, job)
 
@@ -283,7 +284,7 @@ def _start_here(run_url: str, job: str) -> None:
             [sys.executable, "-m", "cluster.job", run_url, "--launch", job],
             stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=surroundings, start_new_session=True,
         )  # fmt: skip
-    _note(run_url, "driver", job=job, host=socket.gethostname(), pid=process.pid, log=str(log))
+    note(run_url, "driver", job=job, host=socket.gethostname(), pid=process.pid, log=str(log))
 
 
 def _start_there(client: Any, run_url: str, job: str) -> None:
@@ -314,9 +315,9 @@ def refresh(run_url: str) -> runs.Status:
         if said := _said(launch):
             outcome, why = said
             if outcome == "stopped":
-                _note(run_url, "stopped", step=state.last_commit_step or 0)
+                note(run_url, "stopped", step=state.last_commit_step or 0)
             elif outcome == "failed" or state.state == "waiting":
-                _note(run_url, "failed", message=f"{launch['cluster']}: job {launch['job']}: {why}")
+                note(run_url, "failed", message=f"{launch['cluster']}: job {launch['job']}: {why}")
             return runs.status(run_url)
     return state
 
@@ -345,13 +346,11 @@ def stop(run_url: str) -> None:
         kubernetes.delete(kubernetes.connect(), launch["namespace"], launch["job"])
     else:
         _ray(launch["cluster"]).stop_job(launch["job"])
-    _note(run_url, "stopped", step=state.last_commit_step or 0)
+    note(run_url, "stopped", step=state.last_commit_step or 0)
 
 
 def follow(run_url: str, show: Callable[[str], None], *, forever: bool) -> runs.State:
     """Shows what a run says, all of it so far and, with ``forever``, what comes until it ends; gives its last state."""
-    from cluster.launch import Follower
-
     logs = [Follower(storage.join(run_url, f"{name}.jsonl")) for name in ("events", "metrics")]
     seen = [runs.events(run_url), runs.metrics(run_url)]
     for line in runs.story(*seen):
@@ -370,12 +369,6 @@ def follow(run_url: str, show: Callable[[str], None], *, forever: bool) -> runs.
                 show(f"nothing was heard of {state.name} for a while; `moviola status {state.name}` says what is known")
             silent = state.state == "silent"
     return state.state
-
-
-def _note(run_url: str, event: str, **fields: Any) -> None:
-    from cluster.launch import _note as note
-
-    note(run_url, event, **fields)
 
 
 def _required(value: Any) -> Any:

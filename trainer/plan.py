@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 from typing import Any
 
 import torch
@@ -120,7 +122,8 @@ def _activations(manifest: RunManifest, model: nn.Module) -> tuple[float | None,
     """
     recipe, schedule = manifest.loaded_recipe, manifest.schedule
     try:
-        teachers = recipe.teachers()
+        with contextlib.redirect_stdout(sys.stderr):  # torch says there what it downloads
+            teachers = recipe.teachers()
     except InputError as error:
         return None, str(error)
     mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster import cli, demo, launch, runs
+from cluster import cli, demo, events, launch, runs
 from pipelines import storage, synthetic
 from pipelines.faults import InputError
 from trainer import manifest as manifests
@@ -310,7 +310,7 @@ def test_a_closed_pipe_is_no_fault(run_url):
 
 def test_what_another_launch_writes_is_read_whole_or_not_at_all(tmp_path):
     url = str(tmp_path / "events.jsonl")
-    follower = launch.Follower(url)
+    follower = events.Follower(url)
     assert follower.new() == []
     storage.append_text(url, '{"a": 1}\n{"b": ')
     assert follower.new() == [{"a": 1}]

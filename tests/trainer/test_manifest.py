@@ -132,6 +132,7 @@ def test_pods_that_can_not_be_made():
     assert "kubernetes.image" in text and "kubernetes.secrets.0" in text and "operator: Equal needs a key" in text
 
 
+@settings(deadline=None)
 @given(st.from_regex(manifests.NAME, fullmatch=True))
 def test_a_name_is_valid_for_kubernetes_ray_prometheus_and_s3(name):
     """RFC 1035 labels of KubeRay's RayJob with the launch's suffix, RFC 1123 labels, S3's safe characters."""

@@ -1,0 +1,298 @@
+"""A run is judged as a whole, handed over, followed, taken back; a Ray of several nodes loses one and finishes it."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster import cli, job, kubernetes, runs, submit
+from cluster.events import note
+from pipelines.faults import InputError
+from trainer import manifest as manifests
+from trainer import run as folder
+from trainer import trace
+
+ROOT = Path(__file__).parents[2]
+GIB = 1 << 30
+
+
+@pytest.fixture
+def plain(small_dataset):
+    return {
+        "name": "small",
+        "recipe": "arvae",
+        "model": yaml.safe_load((ROOT / "manifests/demo.yaml").read_text())["model"],
+        "data": {"train": str(small_dataset)},
+        "batch": 4,
+        "clip": {"sizes": [[32, 32]]},
+        "stages": {
+            "first-frame": {"steps": 40, "losses": {"mse": 1, "lpips": 0}},
+            "frames-3": {"steps": 20, "losses": {"mse": 1, "lpips": 0}},
+            "frames-5": {"steps": 0},
+            "frames-7": {"steps": 0},
+        },
+    }
+
+
+def manifest_of(plain, **changes):
+    return manifests.validate({**plain, **changes}, "m")
+
+
+def judged(plain, target, where="s3://runs", **changes):
+    return "\n".join(submit.judge(manifest_of(plain, **changes), str(where), target))
+
+
+# -- judging ---------------------------------------------------------------------------------------------------------
+
+
+def test_targets_that_are_none():
+    for target in ("local", "kubernetes", "http://127.0.0.1:8265", "https://ray.example:443"):
+        submit.known(target)
+    for target, told in (
+        ("lokal", "did you mean 'local'?"),
+        ("http://host", "the address of Ray's dashboard"),
+        ("ray://host:10001", "no cluster"),
+        ("http://me:hush@host:8265", "set RAY_AUTH_TOKEN"),
+        ("http://host:x", "no cluster"),
+        ("", "no cluster"),
+    ):
+        with pytest.raises(InputError, match=r"--cluster") as caught:
+            submit.known(target)
+        assert told in str(caught.value) and "hush" not in str(caught.value) and caught.value.status == 2
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        with pytest.raises(InputError, match=r"no Ray answers at http://127\.0\.0\.1:"):
+            submit.connect(f"http://127.0.0.1:{free.getsockname()[1]}", None)
+    with pytest.raises(InputError, match="kubernetes: missing: a RayJob needs an image"):
+        submit.connect("kubernetes", manifests.load(ROOT / "manifests/demo.yaml"))
+
+
+def test_what_only_shows_with_the_target_is_told_at_once(plain, monkeypatch):
+    assert judged(plain, "http://127.0.0.1:8265", "runs") == ""
+    monkeypatch.setenv("MOVIOLA_S3_ENDPOINT", "http://127.0.0.1:9000")
+    told = judged(plain, "http://ray.example:8265", "runs")
+    assert "--runs: runs: a folder of this machine" in told
+    assert "MOVIOLA_S3_ENDPOINT: http://127.0.0.1:9000: this machine's loopback" in told
+    assert "data.train" not in told, "a full path may be a folder that all machines share"
+    spec = {"image": "moviola", "memory_gb": 1}
+    told = judged(plain, "kubernetes", "s3://me:hush@bucket/runs", kubernetes=spec, data={"train": ["nowhere", "ds"]})
+    assert "--runs: s3://bucket/runs: keys in a URL would stand in the cluster's list of jobs" in told
+    assert "hush" not in told
+    assert "data.train.0.dataset: nowhere: a folder of this machine, which pods don't have" in told
+    assert "data.train.0.dataset: dataset" in told and "data.train.1.dataset: dataset" in told
+    assert "kubernetes.memory_gb: 1: 1 workers need about" in told
+    assert "MOVIOLA_S3_ENDPOINT" in told
+
+
+def test_machine_disk_gpus_and_notice_are_held_against_the_estimate(plain, monkeypatch, tmp_path):
+    assert judged(plain, "local", tmp_path) == ""
+    told = judged(plain, "local", tmp_path, workers={"count": 4, "gpus": 64}, checkpoint={"keep": 10**9})
+    assert "workers.gpus: 64: 4 workers ask for 256 GPUs, this machine has 0" in told
+    assert f"checkpoint.keep: {10**9}: that many checkpoints and one in the making take" in told
+    assert "workers.count: 4: they need about" in judged(
+        plain, "local", tmp_path, workers={"count": 4}, data={"train": plain["data"]["train"], "memory_mb": 10**8}
+    )
+    memory = {"model_states": 5 * GIB, "activations": 4 * GIB}
+    (told,) = submit.gpu_faults(memory, [16 * GIB, 8 * GIB])
+    assert told.startswith("micro_batch: a rank keeps about 9.0 GiB on its GPU, which has 8.0 GiB")
+    assert list(submit.gpu_faults(memory, [16 * GIB])) == list(submit.gpu_faults(memory, [])) == []
+    monkeypatch.setattr(submit, "FASTEST_BYTES_PER_SECOND", 1)
+    assert "failure.grace_seconds: 30: each of 1 workers commits" in judged(plain, "local", tmp_path)
+
+
+def test_clips_that_are_too_short_for_a_stage(plain):
+    stages = {**plain["stages"], "first-frame": {"steps": 0}}
+    stages["frames-3"] = {**stages["frames-3"], "clip": {"frames": 3, "stride": [8, 8]}}
+    run = manifest_of(plain, stages=stages)
+    (told,) = folder.data_faults(run)
+    assert "its longest clip has 16 frames; stage 'frames-3' needs 17 (3 at stride 8)" in told
+    stages["frames-3"]["clip"] = {"frames": 3, "stride": [7, 7]}
+    assert folder.data_faults(manifest_of(plain, stages=stages)) == []
+
+
+def test_machines_of_a_cluster_are_counted_in_workers(plain, monkeypatch, tmp_path):
+    run = manifest_of(plain, workers={"count": 3, "gpus": 0.5, "cpus": 2}, batch=4)
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 1.0}},
+        {"Alive": False, "Resources": {"CPU": 8, "GPU": 8}},
+    ]
+    assert [job.room(run, node["Resources"]) for node in nodes] == [2, 4]
+    (told,) = job._machines(run, nodes, str(tmp_path))
+    assert told.startswith("workers.count: 3: the cluster has room for 2 workers of 2 CPUs and 0.5 GPUs (1 machines")
+    assert list(job._machines(run, [nodes[0]] * 2, str(tmp_path))) == []
+    monkeypatch.setenv("MOVIOLA_CLUSTER_GROWS", "1")
+    assert list(job._machines(run, nodes, str(tmp_path))) == []
+    assert "waiting for more machines" in runs.events(str(tmp_path))[-1]["message"]
+
+
+def test_a_machine_sees_whether_storage_can_be_used(plain, tmp_path, small_dataset):
+    _, run_url = folder.claim(manifest_of(plain), str(tmp_path))
+    seen = job._probe(run_url, [str(small_dataset)], "a" * 40)
+    assert seen["faults"] == [] and seen["memory"] > 0 and seen["gpus"] == []
+    assert not list(Path(run_url).glob(".probe*"))
+    faults = job._probe(str(tmp_path / "other"), [str(tmp_path / "none")], "a" * 40)["faults"]
+    assert faults[0].startswith("the run's storage can't be read and written: ")
+    assert faults[1].startswith("dataset ") and "can't be read" in faults[1]
+
+
+# -- a run that is elsewhere -----------------------------------------------------------------------------------------
+
+
+def test_states_and_story_of_a_run_that_a_cluster_has(plain, tmp_path, monkeypatch):
+    launch = {"cluster": "http://127.0.0.1:1", "job": "small-0a1b2c"}
+    _, run_url = folder.claim(manifest_of(plain), str(tmp_path), launch)
+    monkeypatch.setattr(runs, "SILENT_SECONDS", -1.0)
+    state = submit.refresh(run_url)
+    assert (state.state, state.cluster) == ("waiting", "http://127.0.0.1:1"), "a queue may be long"
+    with pytest.raises(InputError, match="run small is waiting already"):
+        monkeypatch.setattr(submit, "connect", lambda target, manifest: None)
+        submit.submit(manifest_of(plain), str(tmp_path), "local")
+    monkeypatch.setattr(submit, "_said", lambda launch: ("failed", "no image"))
+    assert submit.refresh(run_url).failure == "http://127.0.0.1:1: job small-0a1b2c: no image"
+    note(run_url, "launch", **launch)
+    note(run_url, "driver", job="small-0a1b2c", host="elsewhere", pid=1)
+    note(run_url, "resize", before=2, after=1)
+    note(run_url, "stopped", step=7)
+    lines: list[str] = []
+    assert submit.follow(run_url, lines.append, forever=True) == "stopped"
+    told = [line.split("  ", 1)[1] for line in lines]
+    assert told == [
+        "given to http://127.0.0.1:1 as job small-0a1b2c",
+        "failed: http://127.0.0.1:1: job small-0a1b2c: no image",
+        "given to http://127.0.0.1:1 as job small-0a1b2c",
+        "driven by process 1 on elsewhere",
+        "resize before 2 after 1",
+        "stopped at step 7",
+    ]
+
+
+def test_a_job_that_ended_by_a_fault_of_input_is_not_tried_again(plain, tmp_path, monkeypatch):
+    _, run_url = folder.claim(manifest_of(plain), str(tmp_path))
+    note(run_url, "failed", job="small-0a1b2c", message="no room", fault="input")
+    with pytest.raises(InputError, match=r"a new cluster won't help: no room"):
+        job.drive(run_url, "small-0a1b2c")
+    with pytest.raises(InputError, match=r"Does .* see the storage that the run was submitted to"):
+        job.drive(str(tmp_path / "none"), "small-0a1b2c")
+    runs.ask_to_stop(run_url, "test")
+    assert job.drive(run_url, "small-111111") == 0
+    assert runs.status(run_url).state == "stopped"
+
+
+def test_a_job_that_waits_for_machines_is_taken_back(plain, tmp_path, monkeypatch):
+    launch = {"cluster": "kubernetes", "job": "small-0a1b2c", "namespace": "video"}
+    _, run_url = folder.claim(manifest_of(plain), str(tmp_path), launch)
+    taken: list[tuple] = []
+    monkeypatch.setattr(kubernetes, "connect", lambda: "api")
+    monkeypatch.setattr(kubernetes, "delete", lambda *job: taken.append(job))
+    submit.stop(run_url)
+    assert taken == [("api", "video", "small-0a1b2c")] and runs.status(run_url).state == "stopped"
+
+
+def test_a_dry_run_prints_the_rayjob_and_what_is_wrong(plain, tmp_path, monkeypatch, capsys):
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump({**plain, "kubernetes": {"image": "moviola"}}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["moviola", "submit", "m.yaml", "--cluster", "kubernetes", "--dry-run"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    shown = capsys.readouterr()
+    assert ended.value.code == 2 and "--runs: ./runs: a folder of this machine, which pods don't have" in shown.err
+    assert yaml.safe_load(shown.out)["kind"] == "RayJob" and not (tmp_path / "runs").exists()
+
+
+# -- for real --------------------------------------------------------------------------------------------------------
+
+
+def moviola(*arguments, where):
+    """The command in a process of its own; (exit status, stdout, stderr)."""
+    done = subprocess.run(
+        [sys.executable, "-m", "cluster.cli", *map(str, arguments)],
+        cwd=where, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+@contextlib.contextmanager
+def ray_nodes(count):
+    """A head without CPUs, and nodes of one CPU: the address of its job API, and what kills the node of a process."""
+    from ray.cluster_utils import Cluster
+
+    scratch = tempfile.mkdtemp(prefix="m-", dir="/tmp")  # sockets with longer paths are refused
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    quick = {"period": "1000", "timeout": "2000", "initial_delay": "1000"}
+    surroundings = {f"RAY_health_check_{key}_ms": value for key, value in quick.items()} | {
+        "RAY_health_check_failure_threshold": "3",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_enable_metrics_collection": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "RAY_TMPDIR": scratch,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in surroundings.items():
+            patch.setenv(name, value)
+        cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_port": port},
+        )
+        try:
+            nodes = [cluster.add_node(num_cpus=1, include_dashboard=False) for _ in range(count)]
+            yield f"http://127.0.0.1:{port}", lambda pid: _lose(cluster, nodes, pid)
+        finally:
+            cluster.shutdown()
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _lose(cluster, nodes, pid):
+    import psutil
+
+    for node in nodes:
+        raylets = [psutil.Process(started.process.pid) for started in node.all_processes["raylet"]]
+        family = [process for raylet in raylets for process in (raylet, *raylet.children(recursive=True))]
+        if pid in {process.pid for process in family}:
+            for process in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGKILL)
+            cluster.remove_node(node, allow_graceful=False)
+            return
+    raise LookupError(f"process {pid} is on no node")
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_a_run_given_to_a_cluster_over_http_outlives_one_of_its_nodes(plain, tmp_path):
+    """Two workers on two of three machines; one machine dies, the third takes its place, and no clip is lost."""
+    changes = {"workers": {"count": 2}, "checkpoint": {"every_steps": 5}, "telemetry": {"log_every": 1}, "trace": True}
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump({**plain, **changes, "precision": "fp32"}))
+    run_url = str(tmp_path / "runs" / "small")
+    with ray_nodes(3) as (address, lose):
+        status, out, err = moviola("submit", "m.yaml", "--cluster", address, where=tmp_path)
+        assert (status, out) == (0, "small\n"), err
+        deadline = time.monotonic() + 150
+        while not any(line["step"] >= 8 for line in runs.metrics(run_url)):
+            state = submit.refresh(run_url)
+            assert state.state in ("waiting", "running") and time.monotonic() < deadline, (state, runs.events(run_url))
+            time.sleep(0.2)
+        (start,) = [event for event in runs.events(run_url) if event["event"] == "start"]
+        lose(start["workers"][1]["pid"])
+        status, out, err = moviola("logs", "small", "-f", where=tmp_path)
+        assert status == 0, out + err
+        assert "attempt 1: 2 workers, from step 0" in out and "attempt 2: 2 workers, from the checkpoint of step" in out
+    status, out, _ = moviola("status", "small", "--json", where=tmp_path)
+    state = json.loads(out)
+    assert (status, state["state"], state["step"], state["last_commit_step"]) == (0, "done", 60, 60)
+    assert state["cluster"] == address and state["restarts"] == 1
+    schedule = folder.load(run_url).schedule
+    assert trace.history(run_url, schedule, schedule.steps).exact
