@@ -64,6 +64,7 @@ def render(manifest: RunManifest, run_url: str, launch: str, environment: Mappin
         **({"MOVIOLA_CLUSTER_GROWS": "1"} if grows else {}),
         **environment,
     }
+    ports = {"moviola": METRICS_PORT, "metrics": RAY_METRICS_PORT}
     queue = {} if spec.queue is None else {"kueue.x-k8s.io/queue-name": spec.queue}
     cluster: dict[str, Any] = {
         "rayVersion": version("ray"),
@@ -71,7 +72,7 @@ def render(manifest: RunManifest, run_url: str, launch: str, environment: Mappin
         "enableInTreeAutoscaling": grows,
         "headGroupSpec": {
             "rayStartParams": {"num-cpus": "0", "num-gpus": "0", "dashboard-host": "0.0.0.0"},
-            "template": _pod(spec, "ray-head", labels, variables, HEAD_CPUS, HEAD_MEMORY_GB, token=grows),
+            "template": _pod(spec, "ray-head", labels, variables, HEAD_CPUS, HEAD_MEMORY_GB, token=grows, ports=ports),
         },
         "workerGroupSpecs": [_workers(manifest, spec, labels, variables, grace)],
     }
@@ -99,7 +100,7 @@ def render(manifest: RunManifest, run_url: str, launch: str, environment: Mappin
             "ttlSecondsAfterFinished": FINISHED_SECONDS,
             **({"suspend": True} if queue else {}),
             "submitterPodTemplate": {
-                **_pod(spec, "ray-job-submitter", labels, variables, 1, 1, ports=False),
+                **_pod(spec, "ray-job-submitter", labels, variables, 1, 1),
             },
             "rayClusterSpec": cluster,
         },
@@ -117,7 +118,8 @@ def _workers(
 ) -> dict[str, Any]:
     workers, each = manifest.workers, spec.workers_per_pod
     cpus, gpus = workers.cpus * each, round(workers.gpus * each)
-    pod = _pod(spec, "ray-worker", labels, variables, cpus, spec.memory_gb, gpus=gpus)
+    ports = {f"moviola-{rank}": METRICS_PORT + 1 + rank for rank in range(each)} | {"metrics": RAY_METRICS_PORT}
+    pod = _pod(spec, "ray-worker", labels, variables, cpus, spec.memory_gb, gpus=gpus, ports=ports)
     taints = [{"key": key, "operator": "Equal", "value": value} for key, value in SPOT_TAINTS if spec.spot]
     taints += [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}] if gpus else []
     taints += [taint.model_dump(exclude_none=True) for taint in spec.tolerations]
@@ -146,12 +148,11 @@ def _pod(
     *,
     gpus: int = 0,
     token: bool = False,
-    ports: bool = True,
+    ports: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """A pod of one container, which may write to /tmp and /dev/shm alone. ``token`` is what the autoscaler needs."""
     amounts = {"cpu": f"{round(cpus * 1000)}m", "memory": f"{memory_gb}Gi"}
     amounts |= {"nvidia.com/gpu": str(gpus)} if gpus else {}
-    names = {"moviola": METRICS_PORT, "metrics": RAY_METRICS_PORT}
     return {
         "metadata": {"labels": dict(labels)},
         "spec": {
@@ -173,7 +174,7 @@ def _pod(
                     "resources": {"requests": amounts, "limits": amounts},
                     "env": [{"name": name, "value": value} for name, value in variables.items()],
                     "envFrom": [{"secretRef": {"name": name}} for name in spec.secrets],
-                    **({"ports": [{"name": n, "containerPort": p} for n, p in names.items()]} if ports else {}),
+                    **({"ports": [{"name": n, "containerPort": p} for n, p in ports.items()]} if ports else {}),
                     "volumeMounts": [
                         {"name": "scratch", "mountPath": "/tmp"},
                         {"name": "shared-memory", "mountPath": "/dev/shm"},
