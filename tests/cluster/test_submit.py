@@ -1,15 +1,7 @@
 """A run is judged as a whole, handed over, followed, taken back; a Ray of several nodes loses one and finishes it."""
 
-import contextlib
-import json
-import os
-import shutil
-import signal
 import socket
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +12,6 @@ from cluster.events import note
 from pipelines.faults import InputError
 from trainer import manifest as manifests
 from trainer import run as folder
-from trainer import trace
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
@@ -207,92 +198,3 @@ def test_a_dry_run_prints_the_rayjob_and_what_is_wrong(plain, tmp_path, monkeypa
     shown = capsys.readouterr()
     assert ended.value.code == 2 and "--runs: ./runs: a folder of this machine, which pods don't have" in shown.err
     assert yaml.safe_load(shown.out)["kind"] == "RayJob" and not (tmp_path / "runs").exists()
-
-
-# -- for real --------------------------------------------------------------------------------------------------------
-
-
-def moviola(*arguments, where):
-    """The command in a process of its own; (exit status, stdout, stderr)."""
-    done = subprocess.run(
-        [sys.executable, "-m", "cluster.cli", *map(str, arguments)],
-        cwd=where, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, done.stdout, done.stderr
-
-
-@contextlib.contextmanager
-def ray_nodes(count):
-    """A head without CPUs, and nodes of one CPU: the address of its job API, and what kills the node of a process."""
-    from ray.cluster_utils import Cluster
-
-    scratch = tempfile.mkdtemp(prefix="m-", dir="/tmp")  # sockets with longer paths are refused
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    quick = {"period": "1000", "timeout": "2000", "initial_delay": "1000"}
-    surroundings = {f"RAY_health_check_{key}_ms": value for key, value in quick.items()} | {
-        "RAY_health_check_failure_threshold": "3",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_enable_metrics_collection": "0",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-        "RAY_TMPDIR": scratch,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in surroundings.items():
-            patch.setenv(name, value)
-        cluster = Cluster(
-            initialize_head=True,
-            head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_port": port},
-        )
-        try:
-            nodes = [cluster.add_node(num_cpus=1, include_dashboard=False) for _ in range(count)]
-            yield f"http://127.0.0.1:{port}", lambda pid: _lose(cluster, nodes, pid)
-        finally:
-            cluster.shutdown()
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _lose(cluster, nodes, pid):
-    import psutil
-
-    for node in nodes:
-        raylets = [psutil.Process(started.process.pid) for started in node.all_processes["raylet"]]
-        family = [process for raylet in raylets for process in (raylet, *raylet.children(recursive=True))]
-        if pid in {process.pid for process in family}:
-            for process in family:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.send_signal(signal.SIGKILL)
-            cluster.remove_node(node, allow_graceful=False)
-            return
-    raise LookupError(f"process {pid} is on no node")
-
-
-@pytest.mark.ray
-@pytest.mark.timeout(300)
-def test_a_run_given_to_a_cluster_over_http_outlives_one_of_its_nodes(plain, tmp_path):
-    """Two workers on two of three machines; one machine dies, the third takes its place, and no clip is lost."""
-    changes = {"workers": {"count": 2}, "checkpoint": {"every_steps": 5}, "telemetry": {"log_every": 1}, "trace": True}
-    (tmp_path / "m.yaml").write_text(yaml.safe_dump({**plain, **changes, "precision": "fp32"}))
-    run_url = str(tmp_path / "runs" / "small")
-    with ray_nodes(3) as (address, lose):
-        status, out, err = moviola("submit", "m.yaml", "--cluster", address, where=tmp_path)
-        assert (status, out) == (0, "small\n"), err
-        deadline = time.monotonic() + 150
-        while not any(line["step"] >= 8 for line in runs.metrics(run_url)):
-            state = submit.refresh(run_url)
-            assert state.state in ("waiting", "running") and time.monotonic() < deadline, (state, runs.events(run_url))
-            time.sleep(0.2)
-        (start,) = [event for event in runs.events(run_url) if event["event"] == "start"]
-        lose(start["workers"][1]["pid"])
-        status, out, err = moviola("logs", "small", "-f", where=tmp_path)
-        assert status == 0, out + err
-        assert "attempt 1: 2 workers, from step 0" in out and "attempt 2: 2 workers, from the checkpoint of step" in out
-    status, out, _ = moviola("status", "small", "--json", where=tmp_path)
-    state = json.loads(out)
-    assert (status, state["state"], state["step"], state["last_commit_step"]) == (0, "done", 60, 60)
-    assert state["cluster"] == address and state["restarts"] == 1
-    schedule = folder.load(run_url).schedule
-    assert trace.history(run_url, schedule, schedule.steps).exact
