@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup demo test lint bench chaos image clean
+.PHONY: help setup demo test nightly lint bench chaos image clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup               a virtual environment in .venv with the command 'moviola'"
 	@echo "make demo [VIDEOS=DIR]   the main job: pack, train, survive a kill, evaluate, look"
 	@echo "make test                lint, types and every test"
+	@echo "make nightly             the tests that take minutes each"
 	@echo "make chaos [ROUNDS=50 SEED=1 PLACES='disk s3 ray']   faults over smoke runs, with a table"
 	@echo "make lint | bench | image"
 
@@ -43,6 +44,9 @@ PLACES := disk s3 ray
 
 chaos: $(VENV)/.dev
 	@$(BIN)/python -m tests.chaos.rounds --rounds $(ROUNDS) --seed $(SEED) --places $(PLACES)
+
+nightly: $(VENV)/.dev
+	@$(BIN)/python -m pytest -n 0 -m nightly $(TESTS)
 
 clean:
 	rm -rf $(VENV) runs demo_data build *.egg-info

@@ -15,6 +15,7 @@ TOLERANCE = 1e-4
 
 
 @pytest.mark.ray
+@pytest.mark.nightly
 @pytest.mark.timeout(600)
 def test_a_drained_node_and_a_new_one_change_the_world_and_nothing_else(small_dataset: Path, tmp_path: Path) -> None:
     plain = smoke(str(small_dataset), steps=STEPS // len(STAGES), checkpoint={"every_steps": 10, "keep": 3})

@@ -160,6 +160,7 @@ def watched(
 
 
 @pytest.mark.ray
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_the_address_of_the_run_is_all_that_prometheus_is_told(watched: Watched) -> None:
     assert watched.targets == ["watched", "watched/rank-0", "watched/rank-1"]
@@ -174,6 +175,7 @@ def test_the_address_of_the_run_is_all_that_prometheus_is_told(watched: Watched)
 
 
 @pytest.mark.ray
+@pytest.mark.nightly
 def test_no_counter_ever_falls_or_starts_anew(watched: Watched) -> None:
     names = [name for name in watched.prometheus.ask("label/__name__/values") if name.startswith("moviola_")]
     counters = [name for name in names if name.endswith(("_total", "_bucket", "_count", "_sum"))]
@@ -206,6 +208,7 @@ VARIABLES = {"$__rate_interval": "20s", "$__range": "15m", "$__interval": "5s", 
 
 
 @pytest.mark.ray
+@pytest.mark.nightly
 def test_every_panel_shows_something_or_has_a_reason_not_to(watched: Watched) -> None:
     asked = expressions()
     assert len(asked) > 50
@@ -221,6 +224,7 @@ def test_every_panel_shows_something_or_has_a_reason_not_to(watched: Watched) ->
 
 
 @pytest.mark.ray
+@pytest.mark.nightly
 def test_every_alert_is_judged_and_a_run_that_is_well_fires_none(watched: Watched) -> None:
     groups = watched.prometheus.ask("rules")["groups"]
     judged = {rule["name"]: rule for group in groups for rule in group["rules"]}
