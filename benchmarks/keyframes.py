@@ -3,7 +3,7 @@
     python -m benchmarks.keyframes RUN VIDEOS [--results benchmarks/results]
 
 RUN is a trained DeCo-VAE, ``benchmarks.learning``'s for example, and VIDEOS the folder that it was packed from. From
-the videos that the run held back it makes streams of 96 frames at 12 frames/s: as they are; with cuts (every 6 to 20
+the videos that the run held back it makes streams of 72 frames at 12 frames/s: as they are; with cuts (every 6 to 20
 frames another video begins); and panned (a window that slides over the frame, two pixels a frame). Each is coded with
 windows of a fixed length, and with a new keyframe where the residual asks for one; no weights differ. A gain is what
 the second has over the first at its own number of latent numbers, on the line that joins two fixed lengths.
@@ -29,9 +29,9 @@ from pipelines import index
 from trainer import footage, run
 from trainer.codec import Codec
 
-FRAMES, FPS, PAN = 96, 12, 2
-FIXED = (5, 9, 17, 33)
-LONGEST, THRESHOLDS = 33, (0.12, 0.18, 0.25, 0.35)
+FRAMES, FPS, PAN = 72, 12, 2
+FIXED = (1, 5, 9, 17, 33)
+LONGEST, THRESHOLDS = 33, (0.15, 0.25, 0.4)
 SEGMENT = (6, 20)
 
 
@@ -116,7 +116,8 @@ def rows(opened: run.Trained, footage_of: dict[str, list[Tensor]]) -> Iterator[s
     kind, config = type(opened.recipe), opened.recipe.config
 
     def codec(window: int, threshold: float | None) -> Codec:
-        changed = config.model_copy(update={"window": window, "new_keyframe": threshold})
+        overlap = min(config.overlap, window - 1)
+        changed = config.model_copy(update={"window": window, "overlap": overlap, "new_keyframe": threshold})
         return Codec(kind(changed), opened.model)
 
     for name, clips in footage_of.items():
