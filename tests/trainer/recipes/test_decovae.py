@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from pipelines.contracts import Batch, BatchPlan, Source, generator
 from pipelines.faults import InputError
+from trainer import manifest as manifests
+from trainer import plan
 from trainer.losses import gaussian_kl
 from trainer.recipe import Recipe, counted, load
 from trainer.recipes import decovae
@@ -545,3 +547,20 @@ def test_weights_are_a_function_of_the_seed_alone() -> None:
     two = recipe_of().build(3)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(one.parameters(), recipe_of().build(4).parameters(), strict=True))
+
+
+def test_a_dry_run_counts_the_discriminator(small_dataset: Path) -> None:
+    plain = {
+        "name": "a",
+        "recipe": "decovae",
+        "model": SMALL | {"perceptual": {"backbone": "vgg", "weights": "random"}},
+        "data": {"train": str(small_dataset)},
+        "batch": 2,
+        "clip": {"frames": 5, "sizes": [[32, 32]]},
+    }
+    facts = plan.dry_run(manifests.validate(plain, "m"))
+    assert facts["parameters"]["adversary"] == 2_765_633
+    assert facts["parameters"]["counted"] < facts["parameters"]["total"] < 2_000_000, "it is counted by itself"
+    memory = facts["memory"][0]
+    assert memory["adversary"] == 20 * 2_765_633, "weights, gradients, two moments and ZeRO's copy"
+    assert memory["activations"] > 0
