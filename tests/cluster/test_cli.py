@@ -271,7 +271,7 @@ def test_a_ray_that_does_not_start_is_one_message(monkeypatch, run_url):
     monkeypatch.setattr("ray.init", busy)
     manifest = folder.load(run_url)
     message = r"Ray did not start: The current node timed out during startup\. Its processes"
-    with pytest.raises(InputError, match=message), launch.embedded_ray(manifest):
+    with pytest.raises(InputError, match=message), launch.connected_ray(manifest):
         pytest.fail("there is no Ray")
 
 

@@ -264,7 +264,7 @@ def test_what_can_not_be_opened_says_why(any_url: str) -> None:
         open_dataset(any_url)
     for text in (b"{", b"[]", b'{"format": 1}', b'{"format": 1, "card": {"name": "/"}, "shards": []}'):
         storage.write_bytes(storage.join(any_url, "index.json"), text)
-        with pytest.raises(InputError, match=r"index\.json is not an index: [^[]*; index it again$"):
+        with pytest.raises(InputError, match=r"index\.json is not an index: .+; index it again$"):
             open_dataset(any_url)
     write_index(any_url, Card(name="empty"), [])
     with pytest.raises(InputError, match="holds no clips"):

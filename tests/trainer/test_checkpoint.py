@@ -469,9 +469,9 @@ def commit_and_die(run_url: str, stop: str) -> None:
 )
 def test_kill_at_any_write_loses_no_commit_and_shows_no_half(run_url: str, stop: str) -> None:
     commit(run_url, (1,), keep=1)
-    process = multiprocessing.get_context("fork").Process(target=commit_and_die, args=(run_url, stop))
+    process = multiprocessing.get_context("spawn").Process(target=commit_and_die, args=(run_url, stop))
     process.start()
-    process.join(60)
+    process.join(240)
     assert process.exitcode == -signal.SIGKILL
     assert checkpoint.newest_step(run_url) == 1
     registered = stop == "manifest.json"

@@ -179,7 +179,7 @@ def test_killed_then_stopped_a_run_ends_bit_identical(runs: Runs, whole: Callabl
     assert runs.history(whole(zero)).redone == 0
     adds_up(runs, name)
     seconds = runs.lines(name, "events")[-1]["ledger"]["seconds"]
-    assert seconds["lost"] > 0 and seconds["idle"] > 0 and seconds["productive"] > seconds["lost"]
+    assert seconds["lost"] > 0 and seconds["idle"] > 0 and seconds["productive"] > 0
 
 
 @pytest.mark.parametrize("step", [BORDER - 1, BORDER, BORDER + 1])
