@@ -26,6 +26,8 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +51,9 @@ def sources(footage: Path | None, folder: Path) -> None:
     if footage is None:
         synthetic.write_videos(folder.parent / "synthetic", count=16, seconds=8.0, size=(SIZE, SIZE), seed=1)
         footage = folder.parent / "synthetic"
-    for path in sorted(footage.iterdir()):
-        if path.suffix not in (".mp4", ".mkv", ".avi", ".mov", ".webm"):
-            continue
-        for number, frames in enumerate(_pieces(path)):
-            (folder / f"{path.stem.replace('.', '-')}-{number}.mp4").write_bytes(encode(frames, {"crf": "0"}))
+    videos = [path for path in sorted(footage.iterdir()) if path.suffix in (".mp4", ".mkv", ".avi", ".mov", ".webm")]
+    for number, frames in enumerate(frames for path in videos for frames in _pieces(path)):
+        (folder / f"clip-{number:05d}.mp4").write_bytes(encode(frames, {"crf": "0"}))
 
 
 def _pieces(path: Path) -> Iterator[list[av.VideoFrame]]:
@@ -83,7 +83,8 @@ def encode(frames: list[av.VideoFrame], options: dict[str, str]) -> bytes:
         stream.codec_context.thread_count = 1
         for number, frame in enumerate(frames):
             picture = frame.reformat(format="yuv420p")
-            picture.pts = number
+            picture.pts, picture.time_base = number, Fraction(1, 25)
+            picture.pict_type = av.video.frame.PictureType.NONE  # else x264 keeps the source's frame types
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
     return buffer.getvalue()
@@ -135,8 +136,32 @@ def run(name: str, config: dict[str, Any], python: str = sys.executable) -> dict
 
 
 def _environment() -> dict[str, str]:
+    """For all readers: one thread an operation, and the store for clients that don't know MOVIOLA_S3_ENDPOINT."""
     endpoint = os.environ.get("MOVIOLA_S3_ENDPOINT", "")
-    return os.environ | {"S3_ENDPOINT_URL": endpoint, "AWS_ENDPOINT_URL": endpoint, "OMP_NUM_THREADS": "1"}
+    region = os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
+    options = {"base_path": "", "endpoint_url": endpoint, "region_name": region}
+    profiles = {"store": {"storage_provider": {"type": "s3", "options": options}}}
+    config = Path(tempfile.gettempdir()) / f"msc-{os.getpid()}.json"
+    config.write_text(json.dumps({"profiles": profiles}))
+    return os.environ | {
+        "S3_ENDPOINT_URL": endpoint,
+        "AWS_ENDPOINT_URL": endpoint,
+        "MSC_CONFIG": str(config),
+        "OMP_NUM_THREADS": "1",
+        "LD_LIBRARY_PATH": f"{_ffmpeg()}:{os.environ.get('LD_LIBRARY_PATH', '')}",
+    }
+
+
+@lru_cache
+def _ffmpeg() -> str:
+    """A search path on which torchcodec finds the FFmpeg that PyAV brings: both decode with the same library."""
+    wheel = Path(av.__file__).parents[1] / "av.libs"
+    folder = Path(tempfile.mkdtemp(prefix="ffmpeg-"))
+    for path in wheel.glob("lib*.so.*"):
+        name, _, rest = path.name.partition("-")
+        if name.startswith(("libav", "libsw")):
+            (folder / f"{name}.so.{rest.split('.so.')[1].split('.')[0]}").symlink_to(path)
+    return f"{folder}:{wheel}"
 
 
 def prepare(url: str, footage: Path | None, clips: int, work: Path, peers: dict[str, str]) -> dict[str, Any]:
@@ -150,6 +175,8 @@ def prepare(url: str, footage: Path | None, clips: int, work: Path, peers: dict[
     pack(work / "sources", storage.join(url, "packed"), rules, workers=2)
     if "streaming" in peers:
         run("write_mds", {"mds": storage.join(url, "mds"), "tars": str(work / "standard")}, peers["streaming"])
+    if "energon" in peers:
+        energon_index(work / "standard", storage.join(url, "standard"), peers["energon"])
     packed = members(storage.join(url, "packed"))
     given = members(storage.join(url, "standard"))
     paths = sorted((work / "sources").iterdir())
@@ -167,12 +194,22 @@ def prepare(url: str, footage: Path | None, clips: int, work: Path, peers: dict[
     return found
 
 
+def energon_index(tars: Path, url: str, python: str) -> None:
+    """Energon's own index of the tars, beside them."""
+    how = ["--non-interactive", "--split-ratio", "1,0,0", "--sample-type", "CrudeWebdataset", "--num-workers", "1"]
+    subprocess.run([str(Path(python).parent / "energon"), "prepare", *how, str(tars)], check=True, capture_output=True)
+    for path in sorted(tars.rglob("*")):
+        if path.is_file() and path.suffix != ".tar":
+            storage.upload(storage.join(url, str(path.relative_to(tars))), path)
+
+
 def measure(url: str, rounds: int, clips: int, peers: dict[str, str]) -> dict[tuple[str, int], dict[str, Any]]:
     """Medians over the rounds, by (reader, workers)."""
     batch = {"batch": 16, "size": [SIZE, SIZE], "stored": STORED, "clips": clips, "granularity": 8}
     given = {**batch, "url": storage.join(url, "standard"), "mds": storage.join(url, "mds")}
     store = storage._s3()
     names = [entry.name for entry in storage.list_dir(given["url"]) if entry.name.endswith(".tar")]
+    given["energon"] = given["url"].replace("s3://", "msc://store/")
     given["signed"] = [store.reads._sign(storage.join(given["url"], name))[0] for name in names]
     last = {"first_step": 4 * clips // batch["batch"]}
     jobs: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -189,7 +226,11 @@ def measure(url: str, rounds: int, clips: int, peers: dict[str, str]) -> dict[tu
                 "memory", {**given, "url": storage.join(url, kind), "decoder": decoder}, sys.executable
             )  # fmt: skip
     for peer in peers:
-        jobs[peer] = (peer, {**given, "decoder": "ours", "energon": f"{url}/standard"}, peers[peer])
+        jobs[peer] = (
+            peer,
+            {**given, "decoder": "ours"},
+            peers[peer],
+        )
         jobs[f"{peer}, plain PyAV"] = (peer, {**jobs[peer][1], "decoder": "plain"}, peers[peer])
     found: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for _ in range(rounds):

@@ -75,7 +75,7 @@ def ours(config: dict[str, Any]) -> Iterator[int]:
     from pipelines.loader import Loader
 
     batch = config["batch"]
-    rule = ClipRule(frames=FRAMES, sizes=(tuple(config["size"]),))
+    rule = ClipRule(frames=FRAMES, sizes=(tuple(config["size"]),), flip=0)
 
     def plan(step: int) -> BatchPlan:
         return BatchPlan(step, "bench", step * batch, batch, "video", step * batch, rule.sizes[0], rule)
@@ -188,21 +188,22 @@ def energon(config: dict[str, Any]) -> Iterator[int]:
     from megatron.energon import (
         Cooker,
         DefaultTaskEncoder,
-        SkipSample,
         WorkerConfig,
         basic_sample_keys,
         get_loader,
         get_train_dataset,
+        stateless,
     )
 
     read = DECODERS[config["decoder"]]
-    assert SkipSample
 
+    @stateless
     def cook(sample: dict[str, Any]) -> dict[str, Any]:
         return {**basic_sample_keys(sample), "pixels": read(sample["mp4"], sample["__key__"], config["stored"])}
 
     class Encoder(DefaultTaskEncoder):
         cookers = [Cooker(cook)]  # noqa: RUF012
+        decoder = None  # bytes, as they are
 
         def batch(self, samples: list[dict[str, Any]]) -> Any:
             return torch.stack([sample["pixels"] for sample in samples])

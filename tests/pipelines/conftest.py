@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty import FaultyProxy
+from faulty import FaultyProxy, point_at
 from moto.server import ThreadedMotoServer
 
 from pipelines import storage
@@ -25,20 +25,11 @@ def moto_endpoint() -> Iterator[str]:
     server.stop()
 
 
-def _point_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testkey")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testsecret")
-    monkeypatch.setenv("MOVIOLA_S3_ENDPOINT", endpoint)
-    monkeypatch.setattr(storage, "_stores", {})
-
-
 @pytest.fixture(scope="session")
 def moto_client(moto_endpoint: str) -> storage._S3:
     """One client for all tests that inject no faults, and the bucket."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        _point_at(moto_endpoint, monkeypatch)
+        point_at(moto_endpoint, monkeypatch)
         client = storage._s3()
 
         async def create(s3: Any) -> None:
@@ -53,7 +44,7 @@ def s3_url(
     moto_endpoint: str, moto_client: storage._S3, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> str:
     """A prefix on the S3 server that no other test uses."""
-    _point_at(moto_endpoint, monkeypatch)
+    point_at(moto_endpoint, monkeypatch)
     storage._stores[os.getpid()] = moto_client
     return f"s3://{BUCKET}/{request.node.name}"
 
@@ -68,7 +59,7 @@ def any_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def proxy(s3_url: str, moto_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     """The S3 server behind a proxy that injects faults; storage waits little, so that tests are quick."""
     made = FaultyProxy(moto_endpoint)
-    _point_at(made.url, monkeypatch)
+    point_at(made.url, monkeypatch)
     monkeypatch.setattr(
         storage,
         "policy",

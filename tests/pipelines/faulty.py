@@ -10,6 +10,10 @@ from collections import deque
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+import pytest
+
+from pipelines import storage
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -120,3 +124,13 @@ def _message(client: socket.socket) -> bytes:
     while len(body) < int(fields.get(b"content-length", 0)):
         body += client.recv(1 << 16)
     return head + b"\r\n\r\n" + body
+
+
+def point_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new client, of that S3 server."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testkey")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testsecret")
+    monkeypatch.setenv("MOVIOLA_S3_ENDPOINT", endpoint)
+    monkeypatch.setattr(storage, "_stores", {})

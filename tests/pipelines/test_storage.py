@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import multiprocessing
 import os
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from faulty import Fault, FaultyProxy
+from faulty import Fault, FaultyProxy, point_at
 
 from pipelines import storage
 from pipelines.faults import InputError
@@ -324,3 +326,58 @@ def test_errors_carry_no_secret(proxy: FaultyProxy, s3_url: str) -> None:
         storage.read_bytes(s3_url.replace("s3://", "s3://someone:password@") + "/x")
     for secret in ("password", "testsecret", "testkey", "X-Amz-Signature"):
         assert secret not in str(caught.value)
+
+
+def answers(monkeypatch: pytest.MonkeyPatch, *pieces: bytes) -> str:
+    """A URL on a gateway that keeps its connection and gives every request this answer, a piece a ``send``."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                threading.Thread(target=talk, args=(client,), daemon=True).start()
+
+    def talk(client: socket.socket) -> None:
+        with client, contextlib.suppress(OSError):
+            while client.recv(1 << 16):
+                for piece in pieces:
+                    client.sendall(piece)
+                if b"length" not in pieces[0] and b"chunked" not in pieces[0]:
+                    return
+
+    threading.Thread(target=serve, daemon=True).start()
+    point_at(f"http://127.0.0.1:{listener.getsockname()[1]}", monkeypatch)
+    monkeypatch.setattr(storage, "policy", storage.RetryPolicy(attempts=2, first_wait=0.01, idle_timeout=2))
+    return "s3://bucket/key"
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_QUICKACK"), reason="Linux only")
+def test_a_small_read_does_not_wait_for_the_kernel_to_acknowledge_its_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    url = answers(monkeypatch, b"HTTP/1.1 206 x\r\ncontent-length: 5\r\n\r\n", b"ab", b"cde")
+    seconds = []
+    for _ in range(40):  # a new connection is acknowledged at once, for a while
+        began = time.perf_counter()
+        assert storage.read_bytes(url, 0, 5) == b"abcde"
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds[20:]) < 0.03
+
+
+def test_answers_in_chunks_and_without_a_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = b'HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 x\r\nETag: "7"\r\nTransfer-Encoding: chunked\r\n\r\n'
+    url = answers(monkeypatch, head + b"2\r\nab\r\n3\r\ncde\r\n0\r\n\r\n")
+    assert [storage.read_versioned(url) for _ in range(2)] == [(b"abcde", "7")] * 2
+    error = b"<Error><Code>NoSuchBucket</Code></Error>"
+    url = answers(monkeypatch, b"HTTP/1.1 404 x\r\nTransfer-Encoding: chunked\r\n\r\n28\r\n" + error + b"\r\n0\r\n\r\n")
+    with pytest.raises(InputError, match="there is no bucket 'bucket'"):
+        storage.read_bytes(url)
+    url = answers(monkeypatch, b"HTTP/1.1 200 x\r\n\r\nabc")  # whole, or cut off? nobody knows
+    with pytest.raises(storage.Unreachable, match="without a length"):
+        storage.read_bytes(url)
+    for lines, fault in (
+        (b"".join(b"x-%d: y\r\n" % n for n in range(200)), "more than 100 headers"),
+        (b"no header\r\n\r\n", "cut off or none"),
+    ):
+        url = answers(monkeypatch, b"HTTP/1.1 200 x\r\ncontent-length: 3\r\n" + lines)
+        with pytest.raises(storage.Unreachable, match=fault):
+            storage.read_bytes(url)
