@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import tarfile
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from pipelines.index import (
     Dataset,
     Member,
     Shard,
+    _digest,
     index_dataset,
     index_name,
     merge,
@@ -319,6 +321,28 @@ def test_ten_million_clips_cost_little(tmp_path: Path) -> None:
     assert dataset.bytes_fetched - before == 3 * record_type(12).itemsize
     assert not dataset._kept
     assert len(pickle.dumps(dataset)) < 4 << 20
+
+
+def test_an_index_costs_160_bytes_a_shard_and_little_more_to_open(tmp_path: Path) -> None:
+    line = Shard(file="0.tar", bytes=1 << 26, clips=1000, key_bytes=12, digest=_digest(b""))
+    write_index(
+        str(tmp_path), Card(name="large"), [line.model_copy(update={"file": f"{n}.tar"}) for n in range(10_000)]
+    )
+    tracemalloc.start()
+    dataset = open_dataset(str(tmp_path))
+    held, greatest = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert dataset.clips == 10_000_000 and dataset.shard_url(9_999).endswith("/9999.tar")
+    assert held < 10_000 * 160 and greatest < 10_000 * 500
+
+
+def test_a_line_that_is_no_shard_is_named(tmp_path: Path) -> None:
+    line = Shard(file="a.tar", bytes=512, clips=1, key_bytes=1, digest=_digest(b"")).model_dump()
+    for name, value in (("bytes", 0), ("clips", -1), ("clips", 1 << 70), ("digest", "xyz"), ("file", None), ("new", 1)):
+        index = {"format": 1, "card": {"name": "x"}, "shards": [line, {**line, name: value}]}
+        storage.write_json(storage.join(str(tmp_path), "index.json"), index)
+        with pytest.raises(InputError, match=rf"is not an index: shards\.1\.{name}: .*; index it again"):
+            open_dataset(str(tmp_path))
 
 
 def test_records_of_small_datasets_are_read_once(tmp_path: Path) -> None:
