@@ -148,12 +148,12 @@ def _environment() -> dict[str, str]:
         "AWS_ENDPOINT_URL": endpoint,
         "MSC_CONFIG": str(config),
         "OMP_NUM_THREADS": "1",
-        "LD_LIBRARY_PATH": f"{_ffmpeg()}:{os.environ.get('LD_LIBRARY_PATH', '')}",
+        "LD_LIBRARY_PATH": f"{pyavs_ffmpeg()}:{os.environ.get('LD_LIBRARY_PATH', '')}",
     }
 
 
 @lru_cache
-def _ffmpeg() -> str:
+def pyavs_ffmpeg() -> str:
     """A search path on which torchcodec finds the FFmpeg that PyAV brings: both decode with the same library."""
     wheel = Path(av.__file__).parents[1] / "av.libs"
     folder = Path(tempfile.mkdtemp(prefix="ffmpeg-"))
@@ -203,8 +203,12 @@ def energon_index(tars: Path, url: str, python: str) -> None:
             storage.upload(storage.join(url, str(path.relative_to(tars))), path)
 
 
-def measure(url: str, rounds: int, clips: int, peers: dict[str, str]) -> dict[tuple[str, int], dict[str, Any]]:
-    """Medians over the rounds, by (reader, workers)."""
+Rounds = dict[tuple[str, int], list[dict[str, Any]]]
+"""Results by (reader, workers), one a round."""
+
+
+def measure(url: str, rounds: int, clips: int, peers: dict[str, str]) -> Rounds:
+    """All readers, round by round."""
     batch = {"batch": 16, "size": [SIZE, SIZE], "stored": STORED, "clips": clips, "granularity": 8}
     given = {**batch, "url": storage.join(url, "standard"), "mds": storage.join(url, "mds")}
     store = storage._s3()
@@ -215,6 +219,7 @@ def measure(url: str, rounds: int, clips: int, peers: dict[str, str]) -> dict[tu
     jobs: dict[str, tuple[str, dict[str, Any], str]] = {
         "decoding alone": ("memory", {**given, "decoder": "ours"}, sys.executable),
         "moviola": ("ours", given, sys.executable),
+        "moviola, a clip a read": ("ours", {**given, "granularity": 1}, sys.executable),
         "moviola, resumed in the middle": ("ours", {**given, **last}, sys.executable),
         "moviola, packed": ("ours", {**given, "url": storage.join(url, "packed")}, sys.executable),
         "webdataset": ("webdataset", {**given, "decoder": "ours"}, sys.executable),
@@ -232,21 +237,14 @@ def measure(url: str, rounds: int, clips: int, peers: dict[str, str]) -> dict[tu
             peers[peer],
         )
         jobs[f"{peer}, plain PyAV"] = (peer, {**jobs[peer][1], "decoder": "plain"}, peers[peer])
-    found: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    found: Rounds = defaultdict(list)
     for _ in range(rounds):
         for workers in (0, 1, 2):
             for label, (name, config, python) in jobs.items():
                 if label.startswith("decoder") and workers != 1:
                     continue
-                try:
-                    found[label, workers].append(run(name, {**config, "workers": workers}, python))
-                except (RuntimeError, subprocess.TimeoutExpired) as error:
-                    print(f"{label}, {workers} workers: {str(error)[-800:]}", file=sys.stderr)
-    return {
-        key: {field: statistics.median(r[field] for r in results if r[field] is not None) if any(
-            r[field] is not None for r in results) else None for field in results[0]}
-        for key, results in found.items()
-    }  # fmt: skip
+                found[label, workers].append(run(name, {**config, "workers": workers}, python))
+    return found
 
 
 def ten_million(url: str) -> list[tuple[str, float, float]]:
@@ -298,7 +296,7 @@ def shared(url: str) -> list[tuple[int, float, float]]:
     for world in (1, 4, 16):
         fetched = used = requests = clips = 0
         for rank in range(world):
-            dataset = index.open_dataset(storage.join(url, "packed"))
+            dataset = index.open_dataset(storage.join(url, "standard"))
 
             def plan(step: int) -> BatchPlan:
                 return BatchPlan(step, "s", step * batch, batch, "video", step * batch, (32, 32), rule)
@@ -317,9 +315,15 @@ def shared(url: str) -> list[tuple[int, float, float]]:
     return found
 
 
+def spread(values: list[float], digits: int = 2) -> str:
+    """Median (least to greatest)."""
+    least, middle, greatest = (f"{f(values):.{digits}f}" for f in (min, statistics.median, max))
+    return middle if least == greatest else f"{middle} ({least} to {greatest})"
+
+
 def report(
     packing: dict[str, Any],
-    medians: dict[tuple[str, int], dict[str, Any]],
+    rounds: Rounds,
     positions: list[tuple[str, float, float]],
     worlds: list[tuple[int, float, float]],
     arguments: argparse.Namespace,
@@ -327,68 +331,85 @@ def report(
 ) -> str:
     """The results as Markdown."""
 
-    def rate(label: str, workers: int) -> float:
-        return medians[label, workers]["clips"] / medians[label, workers]["seconds"]
+    def rates(label: str, workers: int) -> list[float]:
+        return [one["clips"] / one["seconds"] for one in rounds[label, workers]]
 
-    def cpu(label: str, workers: int) -> float:
-        return 1e3 * medians[label, workers]["cpu_s"] / medians[label, workers]["clips"]
+    def cpu(label: str, workers: int) -> list[float]:
+        return [1e3 * one["cpu_s"] / one["clips"] for one in rounds[label, workers]]
+
+    def beyond(label: str, workers: int) -> list[float]:
+        return [1e3 * (one["cpu_s"] - one["decoding_s"]) / one["clips"] for one in rounds[label, workers]]
+
+    def over(label: str, base: str, workers: int) -> list[float]:
+        return [a / b for a, b in zip(rates(label, workers), rates(base, workers), strict=True)]
 
     lines = [
         f"# Loader, {arguments.hardware}, {datetime.date.today()}",
         "",
         f"`python -m benchmarks.loader S3_URL --rounds {arguments.rounds} --clips {arguments.clips}"
-        f"{' --footage DIR' if arguments.footage else ''}`. {platform.processor() or platform.machine()}, "
-        f"{os.cpu_count()} cores, load at the end {os.getloadavg()[1]:.1f}; Python {platform.python_version()}, "
-        + ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "av", "webdataset"))
+        f"{' --footage DIR' if arguments.footage else ''}{''.join(f' --{name} VENV' for name in peers)}`. "
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load at the end "
+        f"{os.getloadavg()[1]:.1f}; Python {platform.python_version()}, "
+        + ", ".join(
+            f"{name} {importlib.metadata.version(name)}" for name in ("torch", "av", "torchcodec", "webdataset")
+        )
         + "".join(f", {name} {_version(python, name)}" for name, python in peers.items())
         + ".",
         "",
-        f"9 neighbouring frames of {STORED} at {SIZE}x{SIZE}, batches of 16, over S3 on loopback, fresh processes, "
-        f"medians of {arguments.rounds} interleaved rounds. All decode with our decoder unless they say `plain PyAV`, "
-        "which is what their users write. `of bound` is the rate over that of decoding alone from memory in as many "
-        "threads; `beyond` is CPU time a clip of all processes less that of decoding alone; `first` is from "
-        "constructing the loader to the first batch, imports done.",
+        f"9 neighbouring frames of {STORED} at {SIZE}x{SIZE}, batches of 16, over S3 on loopback, fresh processes; "
+        f"medians (least to greatest) of {arguments.rounds} interleaved rounds. All decode with our decoder unless "
+        "they say `plain PyAV`, which is what their users write. `of bound` is the rate over that of decoding alone, "
+        "from memory, in as many threads, in the same round; `beyond` is CPU time a clip of all processes less what "
+        "decoding took of it, both counted in the same processes; `first` is from constructing the loader to the first "
+        "batch, imports done. Ours reads runs of 8 neighbours, or a clip a read.",
         "",
         "| loader | workers | first (s) | clips/s | of bound | CPU ms a clip | beyond (ms) |",
         "| --- | --: | --: | --: | --: | --: | --: |",
     ]
-    decoders = {label: key for key in medians if (label := key[0]).startswith("decoder")}
-    loaders = {key: values for key, values in medians.items() if key[0] not in decoders}
-    for (label, workers), values in sorted(loaders.items(), key=lambda item: (item[0][1], item[0][0])):
-        same = ("decoding alone", workers) in medians and "packed" not in label and "plain" not in label
-        bound = f"{rate(label, workers) / rate('decoding alone', workers):.2f}" if same else ""
-        beyond = f"{cpu(label, workers) - cpu('decoding alone', workers):.2f}" if same else ""
+    decoders = [key for key in rounds if key[0].startswith("decoder")]
+    loaders = sorted((key for key in rounds if key not in decoders), key=lambda key: (key[1], key[0]))
+    for key in loaders:
+        same = key[0] != "decoding alone" and "packed" not in key[0] and "plain" not in key[0]
+        bound = spread(over(key[0], "decoding alone", key[1])) if same else ""
         lines.append(
-            f"| {label} | {workers} | {values['first_batch_s']:.2f} | {rate(label, workers):.0f} | {bound} | "
-            f"{cpu(label, workers):.2f} | {beyond} |"
+            f"| {key[0]} | {key[1]} | {spread([one['first_batch_s'] for one in rounds[key]])} | "
+            f"{spread(rates(*key), 0)} | {bound} | {spread(cpu(*key))} | {spread(beyond(*key))} |"
         )
-    best = min((label for label, _ in loaders if "plain" in label), key=lambda label: cpu(label, 1), default=None)
     lines += [
         "",
         "## What packing buys",
         "",
         f"{packing['clips']} clips. Given to the peers: x264, CRF {STANDARD['crf']}, {STANDARD['preset']}, its own "
-        f"keyframes: {packing['bytes'][0]:,.0f} bytes a clip, {packing['psnr'][0]:.2f} dB against the source. "
+        f"keyframes: {packing['bytes'][0]:,.0f} bytes a clip, {packing['psnr'][0]:.2f} dB (RGB) against the source. "
         f"Packed by `moviola pack` with its defaults: {packing['bytes'][1]:,.0f} bytes "
         f"({packing['bytes'][1] / packing['bytes'][0]:.2f} times), {packing['psnr'][1]:.2f} dB "
         f"({packing['psnr'][1] - packing['psnr'][0]:+.2f} dB).",
+        "",
+        "CPU time a clip of each peer over ours with packed clips, in the same round, one worker: clips a second and "
+        "core.",
+        "",
+        "| peer | as its users decode | with our decoder |",
+        "| --- | --: | --: |",
     ]
-    if best:
-        lines.append(
-            f"Clips a second and core, one worker: {1e3 / cpu('moviola, packed', 1):.0f} packed, "
-            f"{1e3 / cpu(best, 1):.0f} for the best peer as its users run it ({best}): "
-            f"{cpu(best, 1) / cpu('moviola, packed', 1):.1f} times."
+    mine = cpu("moviola, packed", 1)
+    for peer in ("webdataset", *peers):
+        plain, ours = (
+            spread([a / b for a, b in zip(cpu(label, 1), mine, strict=True)]) for label in (f"{peer}, plain PyAV", peer)
         )
+        lines.append(f"| {peer} | {plain} | {ours} |")
     lines += [
         "",
         "## Decoders",
         "",
-        "Decoding alone from memory, one thread.",
+        "Decoding alone from memory, one thread, both with the FFmpeg that PyAV brings.",
         "",
-        "| decoder | CPU ms a clip |",
-        "| --- | --: |",
-        *(f"| {label.removeprefix('decoder: ')} | {cpu(*key):.2f} |" for label, key in sorted(decoders.items())),
+        "| decoder | CPU ms a clip | over ours, in the same round |",
+        "| --- | --: | --: |",
     ]
+    for label, workers in sorted(decoders):
+        base = cpu(f"decoder: ours, {label.rpartition(', ')[2]}", workers)
+        ratios = [a / b for a, b in zip(cpu(label, workers), base, strict=True)]
+        lines.append(f"| {label.removeprefix('decoder: ')} | {spread(cpu(label, workers))} | {spread(ratios)} |")
     lines += [
         "",
         "## Resume at 10 million clips",
@@ -402,7 +423,7 @@ def report(
         "",
         "## Bytes",
         "",
-        "Over all ranks, packed clips, granularity 8, batches of 128.",
+        "Over all ranks, granularity 8, batches of 128.",
         "",
         "| world size | bytes fetched over bytes used | requests a clip |",
         "| --: | --: | --: |",
@@ -426,7 +447,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=960)
     parser.add_argument("--streaming", type=Path)
     parser.add_argument("--energon", type=Path)
-    parser.add_argument("--hardware", default=f"cpu{os.cpu_count()}")
+    parser.add_argument("--hardware", default=f"{os.cpu_count()}cpu")
     arguments = parser.parse_args()
     peers = {
         name: str(getattr(arguments, name) / "bin" / "python")
@@ -437,8 +458,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         packing = prepare(url, arguments.footage, 2000, Path(work), peers)
     try:
-        medians = measure(url, arguments.rounds, arguments.clips, peers)
-        text = report(packing, medians, ten_million(url), shared(url), arguments, peers)
+        rounds = measure(url, arguments.rounds, arguments.clips, peers)
+        text = report(packing, rounds, ten_million(url), shared(url), arguments, peers)
     finally:
         storage.delete(url, recursive=True)
     path = HERE / "results" / f"loader_{arguments.hardware}_{datetime.date.today()}.md"
