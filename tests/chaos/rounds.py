@@ -151,7 +151,8 @@ def run_processes(lab: Lab, plan: Round, store: Store | None = None) -> None:
                     process.kill()
             ended = [process.join(180) or process.exitcode for process in group.ranks]
             assert None not in ended, f"a rank outlived its peer:\n{group.said}"
-        damage(lab.url(plan.name), blow.kind)
+        if not damage(lab.url(plan.name), blow.kind):
+            plan.notes[-1] += " (nothing to damage)"
     for _ in range(4):  # an attempt that the storage failed is started again, as any launcher does
         with lab.start(plan.name, *sets, env=env) as group:
             codes = group.wait(240)
@@ -166,23 +167,26 @@ def _await(ready: Callable[[], bool], alive: Callable[[], bool], seconds: float 
         time.sleep(0.1)
 
 
-def damage(run_url: str, kind: str) -> None:
-    """What a bad disk leaves of the newest checkpoint, or a death of one that was being written."""
+def damage(run_url: str, kind: str) -> bool:
+    """What a bad disk leaves of the newest checkpoint, or a death of one being written; False if there was none yet."""
+    if kind not in ("flip", "cut", "half"):
+        return True
     step = checkpoint.newest_step(run_url)
-    if step is None:
-        return
+    if step is None or (kind != "half" and not _older(run_url, step)):
+        return False
     newest = storage.join(run_url, f"checkpoints/step-{step:08d}")
     files = sorted(entry.name for entry in storage.list_dir(newest) if entry.name.endswith(".safetensors"))
     victim = storage.join(newest, files[step % len(files)])
-    if kind in ("flip", "cut") and _older(run_url, step):
+    if kind in ("flip", "cut"):
         data = bytearray(storage.read_bytes(victim))
         data[len(data) // 2] ^= 1
         storage.write_bytes(victim, bytes(data if kind == "flip" else data[: len(data) // 2]))
-    elif kind == "half":
+    else:
         later = storage.join(run_url, f"checkpoints/step-{step + 1:08d}")
         for name in [*files, "manifest.json"]:
             data = storage.read_bytes(storage.join(newest, name))
             storage.write_bytes(storage.join(later, name), data[: len(data) // 2])
+    return True
 
 
 def _older(run_url: str, step: int) -> bool:

@@ -269,6 +269,7 @@ def test_a_ray_that_does_not_start_is_one_message(monkeypatch, run_url):
         raise Exception("The current node timed out during startup. This could happen because of anything.")
 
     monkeypatch.setattr("ray.init", busy)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     manifest = folder.load(run_url)
     message = r"Ray did not start: The current node timed out during startup\. Its processes"
     with pytest.raises(InputError, match=message), launch.connected_ray(manifest):

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from pipelines import storage
 from pipelines.faults import InputError
-from tests.trainer import toy
+from tests.trainer import processes, toy
 from tests.trainer.ranks import on_ranks
 from tests.trainer.test_engine import train
 from trainer import checkpoint
@@ -469,7 +468,7 @@ def commit_and_die(run_url: str, stop: str) -> None:
 )
 def test_kill_at_any_write_loses_no_commit_and_shows_no_half(run_url: str, stop: str) -> None:
     commit(run_url, (1,), keep=1)
-    process = multiprocessing.get_context("spawn").Process(target=commit_and_die, args=(run_url, stop))
+    process = processes.CONTEXT.Process(target=commit_and_die, args=(run_url, stop))
     process.start()
     process.join(240)
     assert process.exitcode == -signal.SIGKILL
