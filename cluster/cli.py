@@ -218,13 +218,15 @@ def _finish(outcome: str, name: str, run_url: str, command: str, as_json: bool) 
 
 
 def _dry_run(wanted: Any, as_json: bool) -> None:
-    from trainer import plan
+    from trainer import plan, run
 
     facts = plan.dry_run(wanted)
     if as_json:
         out.print_json(data=facts)
     else:
         plan.show(facts, out)
+    for fault in run.data_faults(wanted):
+        _warn(f"train would refuse this: {fault}")
 
 
 @app.command()
@@ -291,6 +293,8 @@ def stop(run: RunName, runs: Runs = "./runs") -> None:
     if state in ("done", "stopped", "failed"):
         raise InputError(f"run {run} is already {state}")
     submitting.stop(run_url)
+    if state == "silent":
+        _warn(f"nothing is heard of {run}, so it may be over; if its process lives, it stops at its next step")
     err.print(f"asked {run} to stop; `moviola status {run}` says when its checkpoint is committed")
 
 
@@ -515,7 +519,7 @@ def lint(
         try:
             wanted = manifests.load(target)
         except InputError as error:
-            findings, urls, status = str(error).splitlines(), [], error.status
+            findings, urls, status = str(error).splitlines(), manifests.named_datasets(target), error.status
         else:
             urls = [ref.dataset for ref in (*wanted.data.train, *wanted.data.images)]
             urls += [wanted.data.eval] if wanted.data.eval else []

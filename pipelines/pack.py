@@ -245,6 +245,10 @@ class _Packing:
                     if entry.name.startswith("shard-"):
                         storage.delete(storage.join(url, entry.name))
             self._clear()
+            for url in (*self.sides.values(), self.dest):
+                if not storage.is_remote(url):
+                    with contextlib.suppress(OSError):
+                        _path(url).rmdir()  # an empty one
             raise InputError(_nothing(self.source, len(self.videos) + len(self.missing), skipped, bool(self.open)))
         shards = {
             side: [self.stored[f"{side}/{n}"] for n in range(last.number + 1)] for side, last in self.open.items()

@@ -11,9 +11,11 @@ Legend: C channels (3, RGB), T frames, H height, W width.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+import os
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -173,8 +175,19 @@ class Coded:
 Progress = Callable[[int], None]
 
 
+def _apart(source: str, out: str) -> None:
+    """Raises InputError where writing ``out`` would lose ``source``."""
+    same = storage.absolute(source) == storage.absolute(out)
+    if not same and not storage.is_remote(source) and not storage.is_remote(out):
+        with contextlib.suppress(OSError):
+            same = os.path.samefile(storage.absolute(source), storage.absolute(out))
+    if same:
+        raise InputError(f"{storage.redact(out)} is the file to read; name another one to write", status=2)
+
+
 def encode_file(codec: Codec, video: str, out: str, progress: Progress = lambda frames: None) -> Coded:
     """Encodes a video to a latents file; raises InputError for what can't be read or written."""
+    _apart(video, out)
     with footage.reader(video) as source:
         coded = Coded(height=source.height, width=source.width, fps=float(source.fps))
 
@@ -190,6 +203,7 @@ def encode_file(codec: Codec, video: str, out: str, progress: Progress = lambda 
 
 def decode_file(codec: Codec, file: str, out: str, progress: Progress = lambda frames: None) -> Coded:
     """Decodes a latents file to an mp4; raises InputError for latents of other weights."""
+    _apart(file, out)
     with latents.opened(file) as (metadata, stream):
         if metadata["weights"] != codec.digest():
             raise InputError(
@@ -211,6 +225,7 @@ def reconstruct_file(
     codec: Codec, video: str, out: str, *, beside: bool = True, progress: Progress = lambda frames: None
 ) -> Coded:
     """Encodes and decodes a video in one pass and writes an mp4; ``beside`` puts the original on the left."""
+    _apart(video, out)
     with footage.reader(video) as source:
         coded = Coded(height=source.height, width=source.width, fps=float(source.fps))
         waiting: deque[Tensor] = deque()

@@ -322,6 +322,18 @@ def load(source: str | Path, sets: Sequence[str] = (), *, name: str | None = Non
     return validate(plain, str(source))
 
 
+def named_datasets(source: str) -> list[str]:
+    """The datasets that a faulty manifest names, as far as it can be read."""
+    try:
+        data = parse(_read(source), source).get("data")
+    except InputError:
+        return []
+    data = data if isinstance(data, dict) else {}
+    refs = [ref for name in ("train", "images", "eval") for ref in _as_refs(data.get(name))]
+    urls = [ref["dataset"] for ref in refs if isinstance(ref, dict) and isinstance(ref.get("dataset"), str)]
+    return list(dict.fromkeys(urls))
+
+
 def validate(plain: Mapping[str, Any], where: str) -> RunManifest:
     """Judges parsed YAML as a whole; raises InputError with all faults."""
     faults: list[str] = []

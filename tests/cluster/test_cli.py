@@ -116,7 +116,10 @@ def test_lint_ends_as_train_would(moviola, tmp_path, plain, small_dataset):
     assert moviola("lint", str(small_dataset), "--json")[:2] == (0, '{\n  "findings": []\n}\n')
     (tmp_path / "m.yaml").write_text(yaml.safe_dump(plain | {"batch": 0}))
     status, out, _ = moviola("lint", "m.yaml")
-    assert status == 2 and "batch: 0: input should be greater than 0" in out
+    assert status == 2 and "batch: 0: input should be greater than 0" in out and "index" not in out
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump(plain | {"batch": 0, "data": {"train": ["gone"], "eval": 7}}))
+    status, out, _ = moviola("lint", "m.yaml")
+    assert status == 2 and "batch: 0: input" in out and "data.eval: 7" in out and "gone is not there" in out
     status, out, _ = moviola("lint", "nowhere", "--json")
     assert status == 1 and "nowhere is not there" in json.loads(out)["findings"][0]
 
@@ -136,6 +139,9 @@ def test_a_dataset_that_can_not_be_trained_on(moviola, tmp_path, plain, small_da
     ):
         status, _, err = moviola("train", "m.yaml", "--set", f"data.train={dataset}")
         assert status == 1 and message in err, err
+        status, out, err = moviola("train", "m.yaml", "--dry-run", "--json", "--set", f"data.train={dataset}")
+        assert status == 0 and json.loads(out)["data"]["bytes"] is None
+        assert "train would refuse this: data.train.0.dataset: " in err and message in err
         assert not (tmp_path / "runs").exists()
 
 
@@ -185,6 +191,7 @@ def test_the_state_follows_the_newest_event(moviola, run_url, monkeypatch):
     assert moviola("stop", "small")[0] == 0 and (Path(run_url) / "stop.json").exists()
     monkeypatch.setattr(runs, "SILENT_SECONDS", -1.0)
     assert state()["state"] == "silent"
+    assert "nothing is heard of small" in moviola("stop", "small")[2]
     _event(run_url, "stopped", step=7)
     assert (state()["state"], state()["step"]) == ("stopped", 7)
     keys = {"state", "attempt", "stage", "step", "loss", "last_commit_step", "restarts", "goodput"}

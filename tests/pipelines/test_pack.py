@@ -200,7 +200,7 @@ def test_nothing_to_pack_is_explained(tmp_path):
     with pytest.raises(InputError, match="none of 1 videos could be packed; mend them, or relax the rules") as caught:
         pack(tmp_path / "empty", tmp_path / "made")
     assert "unreadable: 1, for example a.mp4: Invalid data" in str(caught.value)
-    assert not (tmp_path / "made" / "index.json").exists()
+    assert not (tmp_path / "made").exists()
     with pytest.raises(InputError, match="not a directory"):
         (tmp_path / "file").write_text("")
         write(tmp_path / "good" / "a.mp4", scene(0, 24))

@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import shutil
 import weakref
 from fractions import Fraction
 from pathlib import Path
@@ -128,6 +129,17 @@ def test_reconstruction_beside_the_original(video, tmp_path):
     assert (both[..., :54] - original).abs().mean() < 0.05
     assert (both[..., 54:] - made).abs().mean() < 0.05
     assert coded.frames == pixels.shape[2]
+
+
+def test_what_is_read_is_never_written_over(video, tmp_path):
+    shutil.copy(video[0], tmp_path / "in.mp4")
+    (tmp_path / "link.mp4").symlink_to("in.mp4")
+    before = (tmp_path / "in.mp4").read_bytes()
+    for write in (codecs.reconstruct_file, codecs.encode_file, codecs.decode_file):
+        for out in ("in.mp4", "link.mp4"):
+            with pytest.raises(InputError, match=rf"{out} is the file to read; name another one to write"):
+                write(a_codec(), str(tmp_path / "in.mp4"), str(tmp_path / out))
+    assert (tmp_path / "in.mp4").read_bytes() == before
 
 
 def test_odd_sizes_can_be_written(tmp_path):
