@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +54,35 @@ def connected_ray(manifest: RunManifest) -> Iterator[str]:
     joins = bool(os.environ.get("RAY_ADDRESS"))
     # A worker whose machine does not answer is as lost as one that hangs.
     train = {"RAY_TRAIN_V2_ENABLED": "1", "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{manifest.failure.hang_seconds}"}
-    for key, value in {**train, **({} if joins else RAY_DEFAULTS | worker)}.items():
-        os.environ.setdefault(key, value)  # before ray is imported, which reads them then
-    import ray
-    import ray._private.worker
+    # Ray reads the environment when it is imported.
+    with _defaults({**train, **({} if joins else RAY_DEFAULTS | worker)}):
+        import ray._private.worker
 
-    # Ray tells of every dead worker at length, on stdout; events.jsonl says it in a line.
-    logging.getLogger("ray._private.worker").setLevel(logging.CRITICAL)
-    ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: None
-    if not joins:
-        with _embedded_ray(manifest) as folder:
+        # Ray tells of every dead worker at length, on stdout; events.jsonl says it in a line.
+        logging.getLogger("ray._private.worker").setLevel(logging.CRITICAL)
+        ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: None
+        with _joined_ray(worker) if joins else _embedded_ray(manifest) as folder:
             yield folder
-        return
-    ray.init(runtime_env={"env_vars": worker}, log_to_driver=False, logging_level=logging.ERROR)
+
+
+@contextlib.contextmanager
+def _defaults(settings: Mapping[str, str]) -> Iterator[None]:
+    """The environment with ``settings`` where nothing else was set, until the block ends."""
+    added = {key: value for key, value in settings.items() if key not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for key in added:
+            os.environ.pop(key, None)
+
+
+@contextlib.contextmanager
+def _joined_ray(environment: Mapping[str, str]) -> Iterator[str]:
+    """The Ray that ``RAY_ADDRESS`` names, with ``environment`` for its workers."""
+    import ray
+
+    ray.init(runtime_env={"env_vars": dict(environment)}, log_to_driver=False, logging_level=logging.ERROR)
     try:
         with tempfile.TemporaryDirectory(prefix="moviola-") as folder:
             yield folder

@@ -277,10 +277,11 @@ def test_a_ray_that_does_not_start_is_one_message(monkeypatch, run_url):
 
     monkeypatch.setattr("ray.init", busy)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    manifest = folder.load(run_url)
+    manifest, before = folder.load(run_url), dict(os.environ)
     message = r"Ray did not start: The current node timed out during startup\. Its processes"
     with pytest.raises(InputError, match=message), launch.connected_ray(manifest):
         pytest.fail("there is no Ray")
+    assert os.environ == before
 
 
 def test_the_command_to_go_on_is_the_one_that_was_typed_without_secrets(monkeypatch, tmp_path):

@@ -27,7 +27,7 @@ from trainer import trace
 from trainer.lease import Fenced, Lease
 
 ROOT = Path(__file__).parents[2]
-STEPS = 120
+STEPS = 80
 
 
 class Command:

@@ -248,6 +248,7 @@ def compiled_and_eager(rank: int, world: int) -> dict[str, Any]:
     return results
 
 
+@pytest.mark.nightly
 def test_a_compiled_model_trains_the_same_through_a_stage_border() -> None:
     result = on_ranks(1, compiled_and_eager)[0]
     (eager, names, none), (compiled, same_names, captured) = result["False"], result["True"]
