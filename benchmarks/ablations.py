@@ -1,6 +1,6 @@
 """A paper's ablations at a small size, on real footage, beside the paper's own tables.
 
-    python -m benchmarks.ablations arvae|decovae VIDEOS [--seeds 3] [--work ablation_data] [--results FOLDER]
+    python -m benchmarks.ablations RECIPE VIDEOS [--seeds 3] [--work ablation_data] [--results FOLDER]
 
 Each variant is a manifest's worth of changes to one small configuration, trained by ``python -m trainer`` in a process
 of one thread (two at a time), once a seed, and measured on held-back clips of videos that it never saw. Finished runs
@@ -18,219 +18,22 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 
+from benchmarks import papers
 from benchmarks.learning import ROOT, RULES, hardware
+from benchmarks.papers import Paper, Variant
 from pipelines import index, pack
 from pipelines.contracts import ClipRule
 from trainer import examine, run
 from trainer.codec import Codec
 from trainer.evaluate import evaluate
 from trainer.losses import Perceptual, PerceptualSpec
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Changes to the model and to the steps of its stages."""
-
-    name: str
-    model: Mapping[str, Any] = field(default_factory=dict)
-    steps: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a table: where to measure, and what the paper has there (PSNR, SSIM)."""
-
-    title: str
-    variant: str
-    step: int
-    frames: int
-    paper: tuple[float, float] | None
-
-
-@dataclass(frozen=True)
-class Paper:
-    """A paper's ablations: variants, the manifest that they change, tables whose last row the others are held against.
-
-    ``steps`` by stage are those of a variant that names none; all variants take as many in all. ``about`` says what was
-    trained here, and what by the authors.
-    """
-
-    title: str
-    frames: int
-    variants: tuple[Variant, ...]
-    manifest: Callable[[Path], dict[str, Any]]
-    steps: Mapping[str, int]
-    tables: Mapping[str, tuple[Row, ...]]
-    about: str
-
-    @property
-    def all_steps(self) -> int:
-        """Steps of the whole schedule."""
-        return sum(self.steps.values())
-
-
-# -- ARVAE ------------------------------------------------------------------------------------------------------------
-
-ARVAE_STEPS = {"first-frame": 60, "frames-3": 300, "frames-5": 120, "frames-7": 120}
-ONE_STAGE = {"first-frame": 60, "frames-3": 540, "frames-5": 0, "frames-7": 0}
-ARVAE_VARIANTS = (
-    Variant("whole"),
-    Variant("one scale, full resolution", {"propagation": "finest"}),
-    Variant("one scale, that of the latent", {"propagation": "coarsest"}),
-    Variant("no state features", {"state_features": False}),
-    Variant("one stage of 3 frames, as many steps", steps=ONE_STAGE),
-    Variant("linear path (ours)", {"transform": "dct"}),
-)
-
-
-def arvae_manifest(data: Path) -> dict[str, Any]:
-    losses = {"mse": 1, "ssim": 0.1, "lpips": 0}
-    later = {"losses": losses | {"warp": 0.1}}
-    return {
-        "recipe": "arvae",
-        "model": {
-            "down": 8,
-            "motion_channels": 2,
-            "supplement_channels": 6,
-            "widths": [8, 16, 24, 32],
-            "motion_width": 8,
-            "state_width": 8,
-            "spynet": {"levels": 3, "widths": [16, 16, 8, 8], "kernel": 3},
-            "first_frame": {"kind": "own", "down": 8, "channels": 48, "widths": [8, 16, 32, 48]},
-            "perceptual": None,
-        },
-        "data": {"train": f"{data}/train", "eval": f"{data}/eval"},
-        "batch": 4,
-        "precision": "fp32",
-        "clip": {"sizes": [[64, 64]]},
-        "optimizer": {"betas": [0.9, 0.99], "warmup": 10, "decay": "cosine", "floor": 0.1},
-        "stages": {
-            "first-frame": {"losses": losses, "batch": 8, "optimizer": {"lr": 5e-4}},
-            "frames-3": later | {"optimizer": {"lr": 1e-3}},
-            "frames-5": later | {"optimizer": {"lr": 5e-4}},
-            "frames-7": later | {"optimizer": {"lr": 5e-4}},
-        },
-        "checkpoint": {"every_steps": 60, "keep": 20},
-    }
-
-
-def arvae_tables() -> dict[str, tuple[Row, ...]]:
-    """The paper's tables 2 to 5."""
-    steps, frames = sum(ARVAE_STEPS.values()), 16
-    whole = Row("whole: 3, 5 and 7 frames, 16 at inference", "whole", steps, frames, (30.12, 0.870))
-    ends = {3: 360, 5: 480}
-    single = (24.41, 0.755)
-    return {
-        "Table 2, propagated features": (
-            Row("one scale, full resolution", "one scale, full resolution", steps, frames, single),
-            Row("one scale, that of the latent", "one scale, that of the latent", steps, frames, single),
-            whole,
-        ),
-        "Table 3, state features": (Row("none", "no state features", steps, frames, (25.08, 0.836)), whole),
-        "Table 4, stages": (
-            Row("after 3 frames", "whole", ends[3], frames, (28.50, 0.845)),
-            Row("3 frames only, as many steps as all", "one stage of 3 frames, as many steps", steps, frames, None),
-            Row("after 5 frames", "whole", ends[5], frames, (29.76, 0.855)),
-            whole,
-        ),
-        "Table 5, frames at inference": (
-            Row("4 frames", "whole", steps, 4, (31.12, 0.890)),
-            Row("8 frames", "whole", steps, 8, (30.62, 0.879)),
-            whole,
-        ),
-        "Ours, the linear path": (Row("transform: dct", "linear path (ours)", steps, frames, None), whole),
-    }
-
-
-# -- DeCo-VAE ---------------------------------------------------------------------------------------------------------
-
-DECOVAE_STEPS = {"motion": 120, "static": 240, "dynamic": 60}
-JOINT, PIXELS = {"motion": 120, "joint": 300}, {"joint": 420}
-DECOVAE_VARIANTS = (
-    Variant("whole"),
-    Variant("no strategy", {"adaptation": False}, JOINT),
-    Variant("concat, 16 channels", {"components": "concat"}, JOINT),
-    Variant("concat, 48 channels", {"components": "concat", "latent_channels": 48}, JOINT),
-    Variant("no decoupling, 16 channels", {"components": "none"}, PIXELS),
-    Variant("no decoupling, 48 channels", {"components": "none", "latent_channels": 48}, PIXELS),
-    Variant("keyframe coded once (ours)", {"keyframe": "single"}),
-)
-
-
-def decovae_manifest(data: Path) -> dict[str, Any]:
-    losses = {"l1": 1, "lpips": 0, "kl": 1e-7, "dwt_low": 0.05, "dwt_high": 0.1}
-    phase = {"losses": losses, "adversary": None}
-    adam = {"name": "adam", "betas": [0.9, 0.99], "warmup": 20, "decay": "cosine", "floor": 0.1}
-    return {
-        "recipe": "decovae",
-        "model": {
-            "latent_channels": 16,
-            "backbone": {"low": 32, "high": 64, "separate": 1, "fused": 2, "iterations": 1, "iteration_layers": 1},
-            "motion": {"width": 32, "latent": 32},
-            "perceptual": None,
-        },
-        "data": {"train": f"{data}/train", "eval": f"{data}/eval"},
-        "batch": 4,
-        "precision": "fp32",
-        "clip": {"sizes": [[64, 64]]},
-        "stages": {
-            "motion": {"optimizer": adam | {"lr": 2e-3}},
-            "static": phase | {"optimizer": adam | {"lr": 1e-3}},
-            "dynamic": phase | {"optimizer": adam | {"lr": 3e-4}},
-            "joint": phase | {"optimizer": adam | {"lr": 1e-3}},
-        },
-        "checkpoint": {"every_steps": 60, "keep": 20},
-    }
-
-
-def decovae_tables() -> dict[str, tuple[Row, ...]]:
-    """The paper's tables 4 and 5, on WebVid, and what they leave open: the same number of channels in all."""
-    steps, frames = sum(DECOVAE_STEPS.values()), 17
-    whole = Row("whole: 3 x 16 channels", "whole", steps, frames, (32.29, 0.9098))
-    dedicated = Row("dedicated encoders, 3 x 16 channels", "no strategy", steps, frames, (31.20, 0.8929))
-    return {
-        "Table 4, encoders (without the strategy)": (
-            Row("one for all components, 16 channels", "concat, 16 channels", steps, frames, (27.15, 0.8081)),
-            Row("the same, 48 channels", "concat, 48 channels", steps, frames, None),
-            dedicated,
-        ),
-        "Table 5, decoupling and strategy": (
-            Row("no decoupling, 16 channels", "no decoupling, 16 channels", steps, frames, (29.80, 0.8640)),
-            Row("no decoupling, 48 channels", "no decoupling, 48 channels", steps, frames, None),
-            Row("decoupling without the strategy", "no strategy", steps, frames, (31.20, 0.8929)),
-            whole,
-        ),
-        "Ours, the keyframe coded once": (
-            Row("keyframe: single, 0.73 of the numbers", "keyframe coded once (ours)", steps, frames, None),
-            whole,
-        ),
-    }
-
-
-PAPERS = {
-    "arvae": Paper(
-        "ARVAE", 16, ARVAE_VARIANTS, arvae_manifest, ARVAE_STEPS, arvae_tables(),
-        "64 x 64 pixels, 8 x 8 downsampling, 2 + 6 channels, {stages}, batch 4, AdamW at 1e-3; {clips} held-back clips "
-        "of 16 frames at 12 frames/s. The paper: 256 x 256, 16 x 16 with 2 + 14, 630,000 steps of batch 64, MCL-JCV.",
-    ),
-    "decovae": Paper(
-        "DeCo-VAE", 17, DECOVAE_VARIANTS, decovae_manifest, DECOVAE_STEPS, decovae_tables(),
-        "64 x 64 pixels, 4 x 8 x 8, {stages}, batch 4, Adam at 1e-3, no LPIPS and no adversary; {clips} held-back "
-        "clips of 17 frames at 12 frames/s. The paper: 256 x 256, 500,000 steps of batch 40, WebVid.",
-    ),
-}  # fmt: skip
-
-
-# -- running ----------------------------------------------------------------------------------------------------------
 
 
 def trained(paper: Paper, variant: Variant, seed: int, work: Path) -> str:
@@ -308,16 +111,15 @@ def lines_of(paper: Paper, runs: Mapping[str, list[str]], perceptual: Perceptual
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paper", choices=PAPERS)
+    parser.add_argument("recipe", choices=papers.NAMES)
     parser.add_argument("videos", help="folder of videos")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--work", default="ablation_data", type=Path)
     parser.add_argument("--results", default=ROOT / "benchmarks" / "results", type=Path)
     options = parser.parse_args()
-    paper = PAPERS[options.paper]
-    sizes = [f"frames={paper.frames}", f"least_frames={paper.frames}", "clips_per_video=30"]
-    work = options.work.resolve()
-    print(pack.pack(options.videos, work, pack.load_rules(str(RULES), sizes)).text(), file=sys.stderr)
+    paper = papers.load(options.recipe)
+    work = options.work.resolve() / options.recipe
+    print(pack.pack(options.videos, work, pack.load_rules(str(RULES), paper.rules)).text(), file=sys.stderr)
     jobs = [(variant, seed) for seed in range(options.seeds) for variant in paper.variants]
     with ThreadPoolExecutor(2) as pool:
         urls = list(pool.map(lambda job: trained(paper, *job, work), jobs))
@@ -331,7 +133,7 @@ def main() -> int:
     lines = [
         f"# {paper.title}'s ablations at a small size",
         "",
-        f"`python -m benchmarks.ablations {options.paper} VIDEOS --seeds {options.seeds}`: "
+        f"`python -m benchmarks.ablations {options.recipe} VIDEOS --seeds {options.seeds}`: "
         f"{paper.about.format(stages=stages, clips=clips)} Levels can't be compared, signs and sizes of differences "
         "can, with care.",
         "",
@@ -341,7 +143,7 @@ def main() -> int:
         *lines_of(paper, runs, perceptual),
     ]
     options.results.mkdir(parents=True, exist_ok=True)
-    path = options.results / f"ablations-{options.paper}_{hardware()}_{datetime.date.today()}.md"
+    path = options.results / f"ablations-{options.recipe}_{hardware()}_{datetime.date.today()}.md"
     path.write_text("\n".join(lines))
     print("\n".join(lines))
     print(path, file=sys.stderr)

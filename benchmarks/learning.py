@@ -1,6 +1,6 @@
 """What a small model of a paper learns in a quarter of an hour on CPU, on clips from videos that it never saw.
 
-    python -m benchmarks.learning VIDEOS [--recipe arvae] [--work learning_data] [--results benchmarks/results]
+    python -m benchmarks.learning VIDEOS [--recipe RECIPE] [--work learning_data] [--results benchmarks/results]
 
 Packs the folder of videos (an eighth held back, by source video), trains ``manifests/RECIPE_small.yaml`` on two
 processes of one thread each, measures every checkpoint and the untrained model on the held-back clips beside baselines
@@ -13,6 +13,7 @@ import argparse
 import datetime
 import os
 import platform
+import resource
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks import papers
 from pipelines import index, pack
 from pipelines.contracts import ClipRule
 from trainer import checkpoint, examine, manifest, run
@@ -34,28 +36,29 @@ from trainer.telemetry import read_lines
 ROOT = Path(__file__).resolve().parents[1]
 RULES = ROOT / "manifests" / "datasets" / "demo.yaml"
 STOPPED = 75
-TITLES = {"arvae": "ARVAE", "decovae": "DeCo-VAE"}
-PACKED = {"arvae": ["frames=16"], "decovae": ["frames=17", "least_frames=17"]}
+CPU_SECONDS = "cpu_seconds.txt"
+"""In a run's folder: what each attempt took, a line each."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("videos", help="folder of videos")
-    parser.add_argument("--recipe", choices=TITLES, default="arvae")
+    parser.add_argument("--recipe", choices=papers.NAMES, default="arvae")
     parser.add_argument("--work", default="learning_data", type=Path, help="where shards and the run go")
     parser.add_argument("--results", default=ROOT / "benchmarks" / "results", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="sets")
     parser.add_argument("--name", help="of the run; RECIPE-small by default")
     options = parser.parse_args()
-    rules = pack.load_rules(str(RULES), [*PACKED[options.recipe], "clips_per_video=30"])
-    print(pack.pack(options.videos, options.work, rules).text())
-    sets = [f"data.train={options.work}/train", f"data.eval={options.work}/eval", *options.sets]
+    work = options.work / options.recipe
+    rules = pack.load_rules(str(RULES), papers.load(options.recipe).rules)
+    print(pack.pack(options.videos, work, rules).text(), flush=True)
+    sets = [f"data.train={work}/train", f"data.eval={work}/eval", *options.sets]
     name = options.name or f"{options.recipe}-small"
-    status = train(ROOT / "manifests" / f"{options.recipe}_small.yaml", sets, options.work / "runs", name)
+    status = train(ROOT / "manifests" / f"{options.recipe}_small.yaml", sets, work / "runs", name)
     if status:
         print("stopped, with a checkpoint: the same command goes on" if status == STOPPED else "training failed")
         return status
-    report(str(options.work / "runs" / name), options.results)
+    report(str(work / "runs" / name), options.results)
     return 0
 
 
@@ -64,7 +67,17 @@ def train(source: Path, sets: list[str], runs: Path, name: str) -> int:
     for change in sets:
         arguments += ["--set", change]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "trainer"]
-    return subprocess.run([*launcher, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT).returncode
+    before = children_cpu_seconds()
+    status = subprocess.run([*launcher, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT).returncode
+    if (runs / name).is_dir():
+        with (runs / name / CPU_SECONDS).open("a") as file:
+            file.write(f"{children_cpu_seconds() - before:.1f}\n")
+    return status
+
+
+def children_cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def measured(trained: Trained, clips: list[Any], perceptual: Perceptual) -> Mapping[str, Any]:
@@ -111,11 +124,12 @@ def pictures(trained: Trained, clips: list[Any], folder: Path) -> list[Path]:
     return [Path(url) for url in made if url.endswith(".png")]
 
 
-def seconds(run_url: str) -> float:
-    """Time spent training, checkpoints and waits for data included, over all attempts."""
+def seconds(run_url: str) -> tuple[float, float]:
+    """Time spent training, checkpoints and waits for data included, and CPU time of its processes; of all attempts."""
     lines = [line for line in read_lines(f"{run_url}/metrics.jsonl") if "ledger" in line]
     ledger = lines[-1]["ledger"]["seconds"]
-    return sum(ledger.get(cause, 0.0) for cause in ("productive", "data_wait", "checkpoint", "lost_work"))
+    spent = sum(ledger.get(cause, 0.0) for cause in ("productive", "data_wait", "checkpoint", "lost_work"))
+    return spent, sum(float(line) for line in Path(run_url, CPU_SECONDS).read_text().split())
 
 
 def hardware() -> str:
@@ -124,14 +138,16 @@ def hardware() -> str:
     return f"{os.cpu_count()}cpu"
 
 
-def text(stored: manifest.RunManifest, curve: list[Any], spent: float, stem: str, clips: list[Any]) -> str:
+def text(
+    stored: manifest.RunManifest, curve: list[Any], spent: tuple[float, float], stem: str, clips: list[Any]
+) -> str:
     (_, start), (steps, end) = curve[0], curve[-1]
     parts = stored.loaded_recipe.parts(stored.loaded_recipe.build(stored.seed))
     rows = [("untrained", start), (f"trained, {steps} steps", end)]
     rows += [("bicubic down and up", end["baselines"]["bicubic"])]
     rows += [("first frame repeated", end["baselines"]["first_frame"])]
     lines = [
-        f"# What a small {TITLES[stored.recipe]} learns on two CPU cores",
+        f"# What a small {papers.load(stored.recipe).title} learns on two CPU cores",
         "",
         f"`python -m benchmarks.learning VIDEOS --recipe {stored.recipe}`: "
         f"`manifests/{stored.recipe}_small.yaml`, {sum(parts.values()):,} parameters, "
@@ -139,7 +155,8 @@ def text(stored: manifest.RunManifest, curve: list[Any], spent: float, stem: str
         f"from {len({clip.source.key.rsplit('-', 1)[0] for clip in clips})} videos that were never trained on.",
         "",
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, float32, "
-        f"two processes of one thread; {spent / 60:.1f} minutes of training.",
+        f"two processes of one thread: {spent[1] / 60:.0f} CPU minutes for both, {spent[0] / 60:.0f} minutes by the "
+        "run's ledger (more than half of the CPU minutes where the machine had other work).",
         "",
         "| | numbers a frame | PSNR dB | SSIM | PSNR dB by motion: least, middle, most |",
         "| --- | ---: | ---: | ---: | ---: |",
