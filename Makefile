@@ -13,7 +13,8 @@ help:
 	@echo "make test                lint, types and every test"
 	@echo "make nightly             the tests that take minutes each"
 	@echo "make chaos [ROUNDS=50 SEED=1 PLACES='disk s3 ray']   faults over smoke runs, with a table"
-	@echo "make lint | bench | image"
+	@echo "make bench [BENCH='overhead telemetry']   measures, into benchmarks/results"
+	@echo "make lint | image | clean"
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -47,6 +48,14 @@ chaos: $(VENV)/.dev
 
 nightly: $(VENV)/.dev
 	@$(BIN)/python -m pytest -n 0 -m nightly $(TESTS)
+
+BENCH := overhead telemetry checkpoint recovery simulate
+
+bench: $(VENV)/.dev
+	@for name in $(BENCH); do $(BIN)/python -m benchmarks.$$name || exit; done
+
+image:
+	docker build -t moviola .
 
 clean:
 	rm -rf $(VENV) runs demo_data build *.egg-info

@@ -1,6 +1,6 @@
 """The time of a training step under Ray Train and DeepSpeed against a bare PyTorch loop.
 
-    python -m benchmarks.overhead [--cases MODEL:WORKERS:DATA ...] [--steps 110] [--hardware cpu2]
+    python -m benchmarks.overhead [--cases MODEL:WORKERS:DATA ...] [--steps 110] [--hardware 2cpu]
 
 Both train the same model on the same clips in the same processes, in turns, a step each. Ours is what a worker does
 (``cluster.worker.work``): Ray Train, DeepSpeed, loader, telemetry, ledger, checkpoints. The bare one is
