@@ -10,6 +10,7 @@ from skimage.metrics import structural_similarity
 
 from pipelines.faults import InputError
 from trainer.losses import Perceptual, PerceptualSpec, charbonnier, l1, mse, ssim, ssim_loss, torchvision_ops
+from trainer.losses.flow import TimestepSpec, noised, schedule, timesteps
 from trainer.losses.perceptual import LEAST_SIZE
 
 torch.set_num_threads(1)
@@ -197,3 +198,23 @@ def test_torchvision_imports_in_a_fresh_process_and_keeps_its_own_kernels():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert torchvision_ops.ensure() == torchvision_ops.ensure()
+
+
+def test_times_are_logit_normal_with_a_tail_of_full_noise():
+    draws = torch.rand((40_000, 2), generator=torch.Generator().manual_seed(1))
+    t = timesteps(draws, TimestepSpec(mean=0.5, std=0.8))
+    full = t == 1
+    assert full.double().mean().item() == pytest.approx(0.1, abs=0.005)
+    logits = torch.logit(t[~full].double())
+    assert logits.mean().item() == pytest.approx(0.5, abs=0.02) and logits.std().item() == pytest.approx(0.8, abs=0.02)
+    spread = timesteps(draws, TimestepSpec(tail="uniform", tail_share=1.0))
+    assert [spread.quantile(q).item() for q in (0.1, 0.5, 0.9)] == pytest.approx([0.1, 0.5, 0.9], abs=0.01)
+    first, second = timesteps(torch.tensor([[0.5, 0.5], [0.5, 0.05]]), TimestepSpec())
+    assert (first.item(), second.item()) == (0.5, 1.0)
+
+
+def test_straight_paths_by_hand():
+    x, e = torch.full((2, 1, 2), 4.0), torch.full((2, 1, 2), -2.0)
+    assert noised(x, e, torch.tensor([0.25, 1.0]))[:, 0, 0].tolist() == [2.5, -2.0]
+    assert schedule(2, 1.0) == [1.0, 0.5, 0.0]
+    assert schedule(2, 4.0) == [1.0, 0.0625, 0.0]

@@ -1,6 +1,6 @@
 """A linear transform of whole patches that starts as the low frequencies of a luma-chroma cosine transform.
 
-Legend: B clips, C channels, H height, W width, K coefficients kept, R patch side.
+Legend: B clips, C channels, T frames, H height, W width, K coefficients kept, R patch side.
 """
 
 from __future__ import annotations
@@ -35,6 +35,20 @@ def cosine_basis(side: int, coefficients: int) -> Tensor:
     )
     patches = [torch.einsum("c,h,w->chw", colour_33[c], wave_RR[u], wave_RR[v]) for c, u, v in order[:coefficients]]
     return torch.stack(patches).float()
+
+
+def spacetime_basis(span: int, side: int, coefficients: int) -> Tensor:
+    """Orthonormal basis of colour cells, (K, 3, ``span``, R, R): :func:`cosine_basis` times cosines in time.
+
+    Function k at temporal frequency t is placed as if it were k (1 + 6 t^2) at rest.
+    """
+    candidates = [(k, t) for k in range(min(coefficients, 3 * side * side)) for t in range(span)]
+    order = sorted(candidates, key=lambda kt: ((kt[0] + 1) * (1 + 6 * kt[1] ** 2), kt))[:coefficients]
+    spatial = cosine_basis(side, max(k for k, _ in order) + 1)
+    steps = torch.arange(span, dtype=torch.float64)
+    wave = torch.cos(math.pi / span * (steps + 0.5) * steps[:, None]) * math.sqrt(2 / span)
+    wave[0] /= math.sqrt(2)
+    return torch.stack([torch.einsum("t,chw->cthw", wave[t], spatial[k].double()) for k, t in order]).float()
 
 
 class PatchAnalysis(nn.Module):

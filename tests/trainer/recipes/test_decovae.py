@@ -15,6 +15,7 @@ from pipelines.contracts import Batch, BatchPlan, Source, generator
 from pipelines.faults import InputError
 from trainer import manifest as manifests
 from trainer import plan
+from trainer.blocks import patch
 from trainer.losses import gaussian_kl
 from trainer.recipe import Recipe, counted, load
 from trainer.recipes import decovae
@@ -308,7 +309,7 @@ def test_encoder_and_decoder_are_causal(frames: int) -> None:
 
 
 def test_the_linear_path_is_a_codec_before_training() -> None:
-    basis = backbone.spacetime_basis(40).flatten(1)
+    basis = patch.spacetime_basis(4, 8, 40).flatten(1)
     assert torch.allclose(basis @ basis.T, torch.eye(40), atol=1e-5)
     recipe = recipe_of(linear="dct", latent_channels=16)
     model, x = recipe.build(0), footage(frames=5, drift=0)

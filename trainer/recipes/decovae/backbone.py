@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.blocks.patch import cosine_basis
+from trainer.blocks.patch import cosine_basis, spacetime_basis
 from trainer.recipes.decovae.config import BackboneSpec
 
 PATCH = 4
@@ -222,29 +222,13 @@ class Decoder(nn.Module):
         return torch.cat(parts, dim=2)
 
 
-def spacetime_basis(coefficients: int) -> Tensor:
-    """Orthonormal basis of 4 x 8 x 8 cells of colour, (K, 3, 4, 8, 8): :func:`cosine_basis` times cosines in time."""
-    spatial = cosine_basis(CELL, coefficients)
-    steps = torch.arange(SPAN, dtype=torch.float64)
-    wave = torch.cos(math.pi / SPAN * (steps + 0.5) * steps[:, None]) * math.sqrt(2 / SPAN)
-    wave[0] /= math.sqrt(2)
-    patches = [torch.einsum("t,chw->cthw", wave[t], spatial[k].double()) for k, t in _order(coefficients)]
-    return torch.stack(patches).float()
-
-
-def _order(coefficients: int) -> list[tuple[int, int]]:
-    """(spatial, temporal) numbers: function k at temporal frequency t is placed as if it were k (1 + 6 t^2) at rest."""
-    candidates = [(k, t) for k in range(coefficients) for t in range(SPAN)]
-    return sorted(candidates, key=lambda kt: ((kt[0] + 1) * (1 + 6 * kt[1] ** 2), kt))[:coefficients]
-
-
 class Analysis(nn.Module):
     """Pixels of three channels to coefficients: (B, 3, T, H, W) -> (B, D, L, h, w)."""
 
     def __init__(self, coefficients: int) -> None:
         super().__init__()
         self.first_D3188 = nn.Parameter(cosine_basis(CELL, coefficients)[:, :, None])
-        self.later_D3488 = nn.Parameter(spacetime_basis(coefficients))
+        self.later_D3488 = nn.Parameter(spacetime_basis(SPAN, CELL, coefficients))
 
     def forward(self, x_B3THW: Tensor) -> Tensor:
         """Inner products of each cell with the basis."""
@@ -262,7 +246,7 @@ class Synthesis(nn.Module):
     def __init__(self, coefficients: int) -> None:
         super().__init__()
         self.first_D3188 = nn.Parameter(cosine_basis(CELL, coefficients)[:, :, None])
-        self.later_D3488 = nn.Parameter(spacetime_basis(coefficients))
+        self.later_D3488 = nn.Parameter(spacetime_basis(SPAN, CELL, coefficients))
 
     def forward(self, z_BDLhw: Tensor) -> Tensor:
         """Sums of basis cells."""
