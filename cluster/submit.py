@@ -178,12 +178,15 @@ def _places(manifest: RunManifest, runs_url: str, target: str) -> Iterator[str]:
     """Storage that the cluster can't reach, and keys that it would show to everyone."""
     if target == "local":
         return
-    stages = [s for s in manifest.schedule.stages if s.init_from]
+    stages = manifest.schedule.stages
     places = [("--runs", runs_url)]
     places += [(f"data.train.{i}.dataset", ref.dataset) for i, ref in enumerate(manifest.data.train)]
     places += [(f"data.images.{i}.dataset", ref.dataset) for i, ref in enumerate(manifest.data.images)]
     places += [("data.eval", manifest.data.eval)] if manifest.data.eval else []
-    places += [(f"stages.{stage.name}.init_from", str(stage.init_from)) for stage in stages]
+    places += [(f"stages.{stage.name}.init_from", stage.init_from) for stage in stages if stage.init_from]
+    places += [
+        (f"stages.{stage.name}.teachers.{name}", url) for stage in stages for name, url in stage.teachers.items()
+    ]
     near_by = target != "kubernetes" and _loopback(urlsplit(target).hostname or "")
     for field, url in places:
         if re.search(r"://[^/\s]*@", url):

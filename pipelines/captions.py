@@ -189,11 +189,10 @@ def _embedded(dataset: index.Dataset, number: int, url: str, name: str, model: T
 def _moved(row: np.void, parts: dict[str, bytes], places: dict[str, int], embedding: bytes) -> index.Member:
     """The record of a clip at its new place."""
     fields = {name: row[name].item() for name in _MEMBERS}
-    suffixes = index.IMAGE_SUFFIXES if row["image"] else index.VIDEO_SUFFIXES
-    suffix = next(suffix for suffix in parts if suffix.lower() in suffixes)
+    suffix = next(suffix for suffix in parts if suffix.lower() in index.SUFFIXES[int(row["kind"])])
     told = {"caption_bytes": len(embedding), "caption_crc": zlib.crc32(embedding) if embedding else 0}
     told["caption_offset"] = places.get(index.CAPTION_SUFFIX, 0)
-    moved = {"key": row["key"].decode(), "offset": places[suffix], "image": bool(row["image"])}
+    moved = {"key": row["key"].decode(), "offset": places[suffix], "kind": int(row["kind"])}
     return index.Member(**{**fields, **told, **moved})
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from pipelines.contracts import Clip, ClipRule, Source
 from pipelines.decode import Backend, open_video
 from pipelines.faults import InputError, Skip
+from pipelines.index import IMAGE
 from pipelines.order import Crop, crop, frame_numbers
 
 
@@ -37,7 +38,7 @@ def make_clip(
     The same arguments give the same pixels, bit for bit, written to ``out_CTHW`` where it is given. Raises Skip for a
     clip that is corrupt or, where the rule says so, too short; else InputError.
     """
-    image = bool(record["image"])
+    image = record["kind"] == IMAGE
     stored = 1 if image else int(record["frames"])
     numbers = frame_numbers(rule, stored, seed, place)
     if numbers is None:

@@ -6,8 +6,10 @@ Legend: B clips, C channels (3, RGB), T frames, H height, W width, L text tokens
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -48,6 +50,70 @@ class ClipRule(BaseModel):
         return (self.frames - 1) * self.stride[0] + 1
 
 
+class LatentTensor(BaseModel):
+    """One named tensor of a stored latent: C channels over a grid of tokens.
+
+    ``mean`` and ``std`` are those of each channel over all tokens of the dataset. ``parts`` are the steps of the
+    codec's stream that hold the name, with their lengths along the first token axis: (step, length). ``lengths`` counts
+    clips by the length of the last axis; it is empty where all clips have the whole of it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tokens: Annotated[tuple[PositiveInt, ...], Field(min_length=1, description="Greatest length of each token axis.")]
+    parts: Annotated[tuple[tuple[Annotated[int, Field(ge=0)], PositiveInt], ...], Field(min_length=1)]
+    mean: Annotated[tuple[float, ...], Field(min_length=1)]
+    std: tuple[Annotated[float, Field(gt=0)], ...]
+    lengths: Mapping[PositiveInt, PositiveInt] = Field(default_factory=dict)
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return len(self.mean)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, *tokens)."""
+        return (self.channels, *self.tokens)
+
+    @model_validator(mode="after")
+    def _fits(self) -> LatentTensor:
+        if len(self.std) != len(self.mean):
+            raise ValueError(f"{len(self.mean)} means and {len(self.std)} standard deviations")
+        if self.lengths and (len(self.parts) > 1 or max(self.lengths) > self.tokens[-1]):
+            raise ValueError(
+                f"lengths up to {max(self.lengths)} in {len(self.parts)} steps of {self.tokens[-1]} tokens"
+            )
+        return self
+
+
+class LatentLayout(BaseModel):
+    """What a dataset of latents holds of each clip, the same for all: part of its card, and of what trains on it.
+
+    ``codec`` says what encoded them: ``recipe``, ``model`` (its configuration) and ``weights`` (their digest).
+    ``frames``, ``height``, ``width`` (pixels) and ``fps`` (frames/s, the mean) are the clips'. ``constants`` are
+    tensors of whole numbers, by their name in the file, that decoding needs and that are equal in all clips.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    codec: Mapping[str, Any]
+    frames: PositiveInt
+    height: PositiveInt
+    width: PositiveInt
+    fps: Annotated[float, Field(gt=0)]
+    steps: Annotated[int, Field(gt=0, description="Steps of the codec's stream.")]
+    tensors: Annotated[Mapping[str, LatentTensor], Field(min_length=1)]
+    constants: Mapping[str, tuple[int, ...]] = Field(default_factory=dict)
+    caption_width: Annotated[int, Field(ge=0, description="D of the clips' caption embeddings; 0 without.")] = 0
+    text_encoder: str | None = Field(None, description="The T5 encoder that made them.")
+
+    @property
+    def numbers(self) -> int:
+        """Latent numbers of a clip, at the greatest lengths."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where a clip came from. ``str()`` is ``dataset/shard/key``, as in traces and error messages."""
@@ -62,12 +128,13 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """One decoded training clip.
+    """One decoded training clip, or the stored latents of one.
 
-    ``pixels_CTHW`` float32 RGB in [-1, 1]; ``fps`` frames/s after the stride; ``motion`` the packer's score (mean
-    absolute difference of neighbouring frames, [0, 1] grey levels; 0 for images); ``caption_emb_LD`` stored text
-    embedding or None; ``place`` in the global sequence; ``substitute`` 0, or k when the clip of this place was skipped
-    and the k-th substitute draw stands in for it.
+    ``pixels_CTHW`` float32 RGB in [-1, 1], of no frames where latents are stored; ``arrays`` these by name, float32
+    (C, *tokens) in the codec's units, zero where ``masks`` (*tokens) is False; ``fps`` frames/s after the stride;
+    ``motion`` the packer's score (mean absolute difference of neighbouring frames, [0, 1] grey levels; 0 for images);
+    ``caption_emb_LD`` stored text embedding or None; ``place`` in the global sequence; ``substitute`` 0, or k when the
+    clip of this place was skipped and the k-th substitute draw stands in for it.
     """
 
     pixels_CTHW: Tensor
@@ -77,6 +144,8 @@ class Clip:
     source: Source
     caption_emb_LD: Tensor | None = None
     substitute: int = 0
+    arrays: Mapping[str, Tensor] = field(default_factory=dict)
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +170,12 @@ class BatchPlan:
 class Batch:
     """One micro-batch of one rank.
 
-    ``pixels_BCTHW`` float32 in [-1, 1]; ``fps_B`` frames/s; ``motion_B`` in [0, 1]; ``weight`` is this micro-batch's
-    share of the global batch (all shares of a step add up to 1; 0 for a filler that only keeps ranks in step);
-    ``caption_emb_BLD`` with ``caption_mask_BL`` (True where there is a token; all False for a missing caption), or None
-    where the dataset has no captions. Randomness of a step comes from ``generator``, never from the global stream.
+    ``pixels_BCTHW`` float32 in [-1, 1], of no frames where latents are stored: these are in ``arrays`` by name, float32
+    (B, C, *tokens) in the codec's units, as long as the longest that the codec makes, zero where ``masks`` (B, *tokens)
+    is False. ``fps_B`` frames/s; ``motion_B`` in [0, 1]; ``weight`` is this micro-batch's share of the global batch
+    (all shares of a step add up to 1; 0 for a filler that only keeps ranks in step); ``caption_emb_BLD`` with
+    ``caption_mask_BL`` (True where there is a token; all False for a missing caption), or None where the dataset has no
+    captions. Randomness of a step comes from ``generator``, never from the global stream.
     """
 
     pixels_BCTHW: Tensor
@@ -118,6 +189,8 @@ class Batch:
     caption_emb_BLD: Tensor | None = None
     caption_mask_BL: Tensor | None = None
     substitutes: tuple[int, ...] = field(default=())
+    arrays: Mapping[str, Tensor] = field(default_factory=dict)
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
 
     def generators(self, purpose: str) -> list[torch.Generator]:
         """One CPU generator a clip, a pure function of (seed, place, purpose): the same on any rank and world size."""
@@ -138,11 +211,13 @@ class Batch:
         """The same batch with its tensors on ``device``."""
         import dataclasses
 
-        moved = {
+        moved: dict[str, Any] = {
             name: getattr(self, name).to(device, non_blocking=True)
             for name in ("pixels_BCTHW", "fps_B", "motion_B", "caption_emb_BLD", "caption_mask_BL")
             if getattr(self, name) is not None
         }
+        for name in ("arrays", "masks"):
+            moved[name] = {key: value.to(device, non_blocking=True) for key, value in getattr(self, name).items()}
         return dataclasses.replace(self, **moved)
 
 

@@ -23,12 +23,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipelines import storage
+from pipelines.contracts import LatentLayout
 from pipelines.decode import PIXELS_A_SIDE, Info, probe
 from pipelines.faults import InputError, Skip
 
@@ -41,6 +43,10 @@ INDEX_MEMORY = 24 << 20
 MEMBER_BYTES = 2 << 30
 VIDEO_SUFFIXES = frozenset({"mp4", "mkv", "webm", "avi", "mov", "m4v"})
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
+LATENT_SUFFIX = "safetensors"
+VIDEO, IMAGE, LATENTS = range(3)
+"""Kinds of samples."""
+SUFFIXES = {VIDEO: VIDEO_SUFFIXES, IMAGE: IMAGE_SUFFIXES, LATENTS: frozenset({LATENT_SUFFIX})}
 CAPTION_SUFFIX = "t5.npy"
 _PICKLES = frozenset({"pkl", "pickle", "pyd", "pth", "pt", "joblib"})
 _KEY = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]+)$")
@@ -51,7 +57,8 @@ class Member:
     """One clip of a shard, as indexed. Offsets count bytes from the start of the tar to the member's data.
 
     ``fps`` frames/s; ``motion`` in [0, 1]; ``crc`` is CRC-32 of the bytes; ``caption_bytes`` 0 where there is no
-    ``.t5.npy``; ``image`` for one-frame clips stored as pictures.
+    ``.t5.npy``; ``kind`` is VIDEO, IMAGE (one-frame clips stored as pictures) or LATENTS, whose ``frames``, ``fps`` and
+    size are those of the clip that was encoded.
     """
 
     key: str
@@ -63,7 +70,7 @@ class Member:
     height: int
     width: int
     motion: float = 0.0
-    image: bool = False
+    kind: int = VIDEO
     caption_offset: int = 0
     caption_bytes: int = 0
     caption_crc: int = 0
@@ -81,7 +88,7 @@ _FIELDS: list[tuple[str, str]] = [
     ("motion", "<f4"),
     ("height", "<u2"),
     ("width", "<u2"),
-    ("image", "<u2"),
+    ("kind", "<u2"),
 ]
 
 
@@ -145,7 +152,7 @@ def index_name(file: str) -> str:
 
 def summary(records: np.ndarray) -> dict[str, Any]:
     """Counts and statistics of records, as they stand on a card: see :func:`merge`."""
-    videos = records[records["image"] == 0]
+    videos = records[records["kind"] != IMAGE]
     seconds = videos["frames"] / np.maximum(videos["fps"], 1e-6)
 
     def spread(values: np.ndarray) -> dict[str, float]:
@@ -289,6 +296,24 @@ class Dataset:
     def caption_width(self) -> int:
         """Numbers a token of the stored text embeddings; 0 where there are none."""
         return int((getattr(self.card, "embeddings", None) or {}).get("width", 0))
+
+    @cached_property
+    def latents(self) -> LatentLayout | None:
+        """What is stored of each clip where the dataset holds latents, else None; raises InputError where it says so
+        wrongly.
+        """
+        card = self.card.model_extra or {}
+        if card.get("latents") is None:
+            return None
+        try:
+            told = {"caption_width": self.caption_width, "text_encoder": card.get("text_encoder")}
+            return LatentLayout.model_validate({**card["latents"], **told})
+        except (ValidationError, TypeError) as error:
+            fault = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "not a mapping"}
+            where = ".".join(("card.latents", *map(str, fault["loc"])))
+            raise InputError(
+                f"{storage.redact(storage.join(self.url, 'index.json'))}: {where}: {fault['msg']}; encode it again"
+            ) from None
 
     def locate(self, clip: int) -> tuple[int, int]:
         """(shard, row in the shard) of a clip."""
@@ -686,7 +711,7 @@ def _member(key: str, parts: Mapping[str, tuple[int, bytes]], where: str, sideca
         height=info.height,
         width=info.width,
         motion=float(motion) if isinstance(motion, int | float) and 0 <= motion <= 1 else 0.0,
-        image=image,
+        kind=IMAGE if image else VIDEO,
         caption_offset=caption_offset,
         caption_bytes=len(caption),
         caption_crc=zlib.crc32(caption),

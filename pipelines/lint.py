@@ -18,6 +18,7 @@ from pipelines.clips import read_caption
 from pipelines.contracts import ClipRule
 from pipelines.decode import open_video, probe
 from pipelines.faults import InputError, Skip
+from pipelines.latents import empty, join, parse
 
 SAMPLE = 64
 """Clips that are read and decoded when not every one is, spread evenly over the dataset."""
@@ -51,6 +52,10 @@ def lint_dataset(
         dataset = index.open_dataset(url)
     except InputError as error:
         return [Finding(storage.redact(url), str(error), "nothing else can be checked without an index")]
+    try:
+        layout = dataset.latents
+    except InputError as error:
+        return [Finding(dataset.name, str(error), "nothing of its latents can be read without their layout")]
     report = _Report(dataset)
     report.folder()
     chosen = range(dataset.clips) if every_clip else np.linspace(0, dataset.clips - 1, min(sample, dataset.clips))
@@ -63,7 +68,8 @@ def lint_dataset(
             continue
         keys[first:last] = _hashed(rows["key"])
         report.sense(shard, rows)
-        for rule in dict.fromkeys(rules):
+        report.kinds(shard, rows)
+        for rule in dict.fromkeys(rules) if layout is None else ():
             report.rule(rule, shard, rows)
         report.told(shard, rows)
         if report.intact(shard):
@@ -137,7 +143,7 @@ class _Report:
     def sense(self, shard: int, rows: np.ndarray) -> None:
         """Records that can't be true."""
         length = int(self.dataset.shard_bytes[shard])
-        video = rows["image"] == 0
+        video = rows["kind"] != index.IMAGE
         least, most = np.minimum(rows["height"], rows["width"]), np.maximum(rows["height"], rows["width"])
         checks = {
             "its bytes lie outside of the shard": (rows["offset"] + rows["bytes"] > length)
@@ -150,6 +156,14 @@ class _Report:
         }
         for fault, bad in checks.items():
             self.add_rows(fault, "run `moviola index`, or pack again", shard, rows, bad)
+
+    def kinds(self, shard: int, rows: np.ndarray) -> None:
+        """Samples of another kind than the card says."""
+        stored = rows["kind"] == index.LATENTS
+        if self.dataset.latents is None:
+            self.add_rows("latents, but the card has no layout of any", "encode it again", shard, rows, stored)
+        else:
+            self.add_rows("a clip among latents", "encode it again", shard, rows, ~stored)
 
     def rule(self, rule: ClipRule, shard: int, rows: np.ndarray) -> None:
         """Clips that a stage can't use, or only enlarged."""
@@ -211,7 +225,15 @@ class _Report:
                 self.add(fault, "pack it again, or leave it out", self._name(shard, record))
 
     def _decode(self, shard: int, record: np.void, whole: bool) -> None:
-        data, image = self._read(shard, record), bool(record["image"])
+        if record["kind"] == index.LATENTS:
+            if layout := self.dataset.latents:
+                arrays, masks = empty(layout)
+                join(parse(self._read(shard, record), ""), layout, "", arrays, masks)
+                for title, array in arrays.items():
+                    if not bool(array.isfinite().all()):
+                        raise Skip("not_finite", f"{title} has numbers that are not finite")
+            return
+        data, image = self._read(shard, record), record["kind"] == index.IMAGE
         info = probe(data, image, "")
         for side in ("height", "width", "frames"):
             if getattr(info, side) != record[side]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import queue
 import threading
 import time
@@ -28,10 +29,11 @@ from torch import Tensor
 
 from pipelines import storage
 from pipelines.clips import make_clip
-from pipelines.contracts import Batch, BatchPlan, Clip, Source, Stream, derive
+from pipelines.contracts import Batch, BatchPlan, Clip, LatentLayout, Source, Stream, derive
 from pipelines.decode import Backend
 from pipelines.faults import FaultBudget, InputError, Skip
 from pipelines.index import Dataset
+from pipelines.latents import common_layout, empty, make_latents
 from pipelines.order import Draw, Mixture, Share, share
 
 READERS = 16
@@ -127,6 +129,7 @@ class Loader:
                 [weight for _, weight in weighted],
                 granularity,
             )
+        self.layout = common_layout([dataset for opened in self._datasets.values() for dataset in opened])
         self._widths = {stream: _caption_width(opened) if captions else 0 for stream, opened in self._datasets.items()}
         self._metrics = LoaderMetrics()
         self._lock = threading.Lock()
@@ -222,6 +225,8 @@ class _Micro:
 
     share: Share
     pixels_BCTHW: Tensor
+    arrays: dict[str, Tensor]
+    masks: dict[str, Tensor]
     clips: list[Clip | None]
 
 
@@ -319,18 +324,24 @@ class _Run:
         clips = -(-plan.clips // self.loader.world)
         with self.loader._lock:
             held = self.loader._metrics.read_ahead_bytes
-        return held + clips * _clip_bytes(plan) <= self.loader.memory_bytes
+        return held + clips * _clip_bytes(plan, self.loader.layout) <= self.loader.memory_bytes
 
     def _start(self, number: int) -> None:
         """Allocates the step's batches and asks for its clips."""
         loader, plan = self.loader, self.loader.plan(number)
         shares = share(plan.clips, loader.rank, loader.world, loader.micro_batch)
+        frames = 0 if loader.layout else plan.rule.frames
         micros = [
-            _Micro(part, torch.empty((part.count, 3, plan.rule.frames, *plan.size)), [None] * part.count)
+            _Micro(
+                part,
+                torch.empty((part.count, 3, frames, *plan.size)),
+                *empty(loader.layout, part.count),
+                [None] * part.count,
+            )
             for part in shares
         ]
         clips = sum(part.count for part in shares)
-        step = self.steps[number] = _Step(plan, micros, clips, clips, clips * _clip_bytes(plan))
+        step = self.steps[number] = _Step(plan, micros, clips, clips, clips * _clip_bytes(plan, loader.layout))
         loader._count(read_ahead_bytes=step.bytes, read_ahead_clips=clips)
         wants = [
             self._want(step, micro, row, micro.share.first + row)
@@ -430,25 +441,12 @@ class _Run:
     def _decode(self, job: tuple[_Want, np.void, bytes | None, bytes | None]) -> None:
         want, record, data, caption = job
         began = time.perf_counter()
-        plan, source = want.step.plan, want.source(record["key"].decode())
+        source = want.source(record["key"].decode())
         self.loader.budget.used()
         try:
             if data is None:
                 raise Skip("digest", f"{source}: its bytes do not have the digest that the index has")
-            clip = make_clip(
-                data,
-                record,
-                plan.rule,
-                plan.size,
-                self.loader.seed,
-                want.place,
-                source,
-                caption=caption,
-                caption_width=self.loader._widths[plan.stream],
-                substitute=want.draw.substitute,
-                out_CTHW=want.micro.pixels_BCTHW[want.row],
-                backend=self.loader.backend,
-            )
+            clip = self._clip(want, record, data, source, caption)
         except Skip as skip:
             self.loader.budget.charge(skip)
             self._substitute(want, skip)
@@ -461,6 +459,38 @@ class _Run:
                     self.changed.notify_all()
         self.loader._count(
             read_ahead_bytes=-len(data or b"") - len(caption or b""), decode_seconds=time.perf_counter() - began
+        )
+
+    def _clip(self, want: _Want, record: np.void, data: bytes, source: Source, caption: bytes | None) -> Clip:
+        plan, micro, row = want.step.plan, want.micro, want.row
+        width, substitute = self.loader._widths[plan.stream], want.draw.substitute
+        if layout := want.dataset.latents:
+            arrays, masks = ({name: rows[row] for name, rows in kind.items()} for kind in (micro.arrays, micro.masks))
+            return make_latents(
+                data,
+                record,
+                layout,
+                want.place,
+                source,
+                caption=caption,
+                caption_width=width,
+                substitute=substitute,
+                arrays=arrays,
+                masks=masks,
+            )
+        return make_clip(
+            data,
+            record,
+            plan.rule,
+            plan.size,
+            self.loader.seed,
+            want.place,
+            source,
+            caption=caption,
+            caption_width=width,
+            substitute=substitute,
+            out_CTHW=micro.pixels_BCTHW[row],
+            backend=self.loader.backend,
         )
 
     def _substitute(self, want: _Want, skip: Skip) -> None:
@@ -489,6 +519,8 @@ class _Run:
             caption_emb_BLD=emb_BLD,
             caption_mask_BL=mask_BL,
             substitutes=tuple(clip.substitute for clip in clips),
+            arrays=micro.arrays,
+            masks=micro.masks,
         )
 
 
@@ -585,7 +617,9 @@ def neighbours(wants: Iterable[_Want]) -> list[list[_Want]]:
     return sorted(groups, key=lambda group: min(want.offset for want in group))
 
 
-def _clip_bytes(plan: BatchPlan) -> int:
+def _clip_bytes(plan: BatchPlan, layout: LatentLayout | None) -> int:
+    if layout:
+        return sum((4 * tensor.channels + 1) * math.prod(tensor.tokens) for tensor in layout.tensors.values())
     return 3 * plan.rule.frames * plan.size[0] * plan.size[1] * 4
 
 

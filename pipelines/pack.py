@@ -386,8 +386,8 @@ class _Shard:
             spool.seek(start)
             self._write(spool.read(clip["stored"]))
         fields = {name: clip[name] for name in ("key", "bytes", "crc", "frames", "fps", "height", "width", "motion")}
-        image = clip["suffix"] in index.IMAGE_SUFFIXES
-        self.members.append(index.Member(offset=self.bytes + tarfile.BLOCKSIZE, image=image, **fields))
+        kind = index.IMAGE if clip["suffix"] in index.IMAGE_SUFFIXES else index.VIDEO
+        self.members.append(index.Member(offset=self.bytes + tarfile.BLOCKSIZE, kind=kind, **fields))
         self.bytes += clip["stored"]
 
     def close(self) -> None:

@@ -33,7 +33,7 @@ from pipelines import storage
 from pipelines.faults import InputError
 from trainer import checkpoint, footage, latents, run
 from trainer import recipe as recipes
-from trainer.recipe import Latent, Recipe
+from trainer.recipe import CodecRecipe, Latent, codec_of
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT = "moviola-codec-1"
@@ -42,7 +42,7 @@ FORMAT = "moviola-codec-1"
 class Codec:
     """A recipe and its model. Frames of any size go in: they are padded to what the recipe takes and cropped again."""
 
-    def __init__(self, recipe: Recipe, model: nn.Module, *, device: torch.device | str = "cpu") -> None:
+    def __init__(self, recipe: CodecRecipe, model: nn.Module, *, device: torch.device | str = "cpu") -> None:
         self.recipe = recipe
         self.device = torch.device(device)
         self.model = model.to(self.device).eval().requires_grad_(False)
@@ -53,16 +53,20 @@ class Codec:
         return math.ceil(height / multiple) * multiple, math.ceil(width / multiple) * multiple
 
     @torch.no_grad()
-    def encode(self, frames_1CTHW: Tensor | Iterable[Tensor]) -> Iterator[Latent]:
+    def encode(
+        self, frames_1CTHW: Tensor | Iterable[Tensor], caption_emb_1LD: Tensor | None = None
+    ) -> Iterator[Latent]:
         """Latents of a video, or of a stream of chunks of it, in [-1, 1]; each is yielded as early as it can be."""
-        yield from self.recipe.encode(self.model, map(self._pad, _chunks(frames_1CTHW)))
+        yield from self.recipe.encode(self.model, map(self._pad, _chunks(frames_1CTHW)), caption_emb_1LD)
 
     @torch.no_grad()
-    def decode(self, stream: Iterable[Latent], size: tuple[int, int]) -> Iterator[Tensor]:
+    def decode(
+        self, stream: Iterable[Latent], size: tuple[int, int], caption_emb_1LD: Tensor | None = None
+    ) -> Iterator[Tensor]:
         """Chunks (1, C, t, H, W) in [-1, 1] on the codec's device, cropped to ``size`` (height, width)."""
         height, width = size
         moved = ({name: tensor.to(self.device) for name, tensor in latent.items()} for latent in stream)
-        for pixels_1CTHW in self.recipe.decode(self.model, moved):
+        for pixels_1CTHW in self.recipe.decode(self.model, moved, caption_emb_1LD):
             yield pixels_1CTHW[..., :height, :width]
 
     def reconstruct(self, frames_1CTHW: Tensor) -> Tensor:
@@ -87,6 +91,11 @@ class Codec:
         return F.pad(chunk_1CTHW, (0, wide - width, 0, tall - height, 0, 0), mode="replicate")
 
 
+def fastest() -> str:
+    """The device for long work: a GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _chunks(frames_1CTHW: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
     return frames_1CTHW.split(1, dim=2) if isinstance(frames_1CTHW, Tensor) else frames_1CTHW
 
@@ -107,13 +116,13 @@ def load(
     """
     if not storage.exists(storage.join(url, CONFIG)):
         trained = run.open_model(url, ema=ema, warn=warn)
-        return Codec(trained.recipe, trained.model, device=device)
+        return Codec(codec_of(trained.recipe, storage.redact(url)), trained.model, device=device)
     config = storage.read_json(storage.join(url, CONFIG))
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise InputError(f"{storage.redact(url)}/{CONFIG} is not of a codec that `moviola export` wrote ({FORMAT})")
     try:
         kind = recipes.load(config["recipe"])
-        recipe = kind(kind.Config.model_validate(config["model"]))
+        recipe = codec_of(kind(kind.Config.model_validate(config["model"])), storage.redact(url))
         told = config["weights"]
     except (KeyError, TypeError, ValidationError):
         raise InputError(f"{storage.redact(url)}/{CONFIG} was changed or cut short; export it again") from None
@@ -139,11 +148,12 @@ def export(codec: Codec, folder: str) -> list[str]:
         weights = {name: tensor.cpu().contiguous() for name, tensor in codec.model.state_dict().items()}
         save_file(weights, file.name, metadata={"format": FORMAT})
         storage.upload(urls[1], file.name)
-    storage.write_json(urls[0], {"format": FORMAT, **_made_by(codec), "parts": dict(codec.recipe.parts(codec.model))})
+    storage.write_json(urls[0], {"format": FORMAT, **made_by(codec), "parts": dict(codec.recipe.parts(codec.model))})
     return urls
 
 
-def _made_by(codec: Codec) -> dict[str, object]:
+def made_by(codec: Codec) -> dict[str, object]:
+    """What coded: recipe, configuration, and the digest of the weights."""
     config = codec.recipe.config.model_dump(mode="json")
     return {"recipe": codec.recipe.name, "model": config, "weights": codec.digest()}
 
@@ -192,9 +202,9 @@ def encode_file(codec: Codec, video: str, out: str, progress: Progress = lambda 
         coded = Coded(height=source.height, width=source.width, fps=float(source.fps))
 
         def metadata() -> dict[str, str]:
-            made_by = {k: v if isinstance(v, str) else json.dumps(v) for k, v in _made_by(codec).items()}
+            made = {k: v if isinstance(v, str) else json.dumps(v) for k, v in made_by(codec).items()}
             shape = {"frames": coded.frames, "height": coded.height, "width": coded.width, "fps": source.fps}
-            return made_by | {name: str(value) for name, value in shape.items()}
+            return made | {name: str(value) for name, value in shape.items()}
 
         stream = _counted(codec.encode(_watched(source, coded, progress)), coded)
         latents.save(out, stream, metadata)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trainer.recipe import Recipe
+from trainer.recipe import CodecRecipe
 
 LEVELS = 256
 FINE = 2.0**-12
@@ -82,7 +82,7 @@ class Histogram:
 
 
 @torch.no_grad()
-def measure(recipe: Recipe, model: nn.Module, clips_1CTHW: Iterable[Tensor]) -> dict[str, Entropy]:
+def measure(recipe: CodecRecipe, model: nn.Module, clips_1CTHW: Iterable[Tensor]) -> dict[str, Entropy]:
     """Entropy of ``frames`` and of each latent by its name, over clips in [-1, 1] on the model's device.
 
     Raises ValueError where there are no clips.

@@ -23,7 +23,7 @@ from trainer.evaluate import Report, evaluate
 from trainer.losses.perceptual import Perceptual, PerceptualSpec
 from trainer.manifest import RunManifest
 from trainer.quality import FvdSpec, VideoFeatures
-from trainer.recipe import Recipe
+from trainer.recipe import CodecRecipe, codec_of
 from trainer.run import open_model
 
 DRAWN = 4
@@ -81,13 +81,14 @@ def evaluate_checkpoint(
     can be measured.
     """
     trained = open_model(url, ema=ema, warn=warn)
+    recipe = codec_of(trained.recipe, storage.redact(url))
     rule, size = fixed_rule(trained.manifest, frames)
     dataset = index.open_dataset(dataset_url)
     spec = PerceptualSpec.model_validate(lpips or {"backbone": "alex", "weights": "random"})
     report = evaluate(
-        Codec(trained.recipe, trained.model, device=device).reconstruct,
+        Codec(recipe, trained.model, device=device).reconstruct,
         fixed_clips(dataset, rule, size, count),
-        trained.recipe.latent(rule.frames, *size),
+        recipe.latent(rule.frames, *size),
         perceptual=Perceptual(spec).to(device),
         fvd=VideoFeatures(FvdSpec.model_validate(fvd), device) if fvd else None,
         device=device,
@@ -97,7 +98,7 @@ def evaluate_checkpoint(
         try:
             storage.write_bytes(storage.join(run_url, "evaluation.json"), report.json().encode())
             shown = list(fixed_clips(dataset, rule, size, DRAWN))
-            write(look(trained.recipe, trained.model, shown, device), storage.join(run_url, "samples"))
+            write(look(recipe, trained.model, shown, device), storage.join(run_url, "samples"))
         except InputError as error:
             warn(f"what was measured is not kept: {error}")
     return report
@@ -125,7 +126,8 @@ class Examination:
         Rank 0 also writes the run's ``evaluation.json`` and ``samples/``. Weights and random state of training are left
         alone; the model is built anew, and gone afterwards.
         """
-        recipe, count = self._manifest.loaded_recipe, self._manifest.evaluation.clips
+        recipe = codec_of(self._manifest.loaded_recipe, self._manifest.name)
+        count = self._manifest.evaluation.clips
         model = recipe.build(self._manifest.seed)
         checkpoint.assign(model, weights)
         codec = Codec(recipe, model, device=self._device)
@@ -154,7 +156,7 @@ def fixed_rule(manifest: RunManifest, frames: int | None = None) -> tuple[ClipRu
 
 @torch.no_grad()
 def look(
-    recipe: Recipe, model: nn.Module, shown: Sequence[Clip], device: torch.device | str = "cpu"
+    recipe: CodecRecipe, model: nn.Module, shown: Sequence[Clip], device: torch.device | str = "cpu"
 ) -> list[pictures.Views]:
     """What the recipe has to show of each clip."""
     views = []

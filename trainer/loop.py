@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from pipelines import index, loader, storage
 from pipelines.contracts import derive
@@ -32,6 +33,7 @@ from trainer.examine import Examination
 from trainer.flops import FlopMeter
 from trainer.heartbeat import STEP, Heartbeat
 from trainer.manifest import LEAVE_SECONDS, RunManifest
+from trainer.run import models_of
 from trainer.signals import Signals
 from trainer.telemetry import Ledger, Telemetry, read_lines
 
@@ -152,7 +154,8 @@ def _train(
             break
     everyone = _everyone(world, telemetry.address)
     telemetry.event("start", from_step=first, world=world.size, workers=everyone, launch=launch)
-    teachers = recipe.teachers().to(world.device).requires_grad_(False).eval()
+    own = recipe.teachers()
+    teachers = _frozen({**own, **models_of(stage)}, world)
     saver = checkpoint.Checkpointer(
         run_url, lease, rank=world.rank, world=world.size, keep=manifest.checkpoint.keep,
         timeout=manifest.checkpoint.timeout_seconds, before_commit=telemetry.flush, committed=first or None,
@@ -178,6 +181,8 @@ def _train(
                 heartbeat.at(step, "changing the stage")
                 with ledger.span("startup" if step > first else ledger.cause):
                     if step > first:
+                        if stage.teachers != schedule.stage(step - 1).teachers:
+                            teachers = _frozen({**own, **models_of(stage)}, world)
                         engine.next_stage(stage, spec)
                         adversary = adversaries.enter(adversary, manifest, step, world.device)
                     if stage.init_from is not None:
@@ -261,6 +266,10 @@ def _train(
             saver.close()
         _note_commit(saver, ledger, telemetry)
     return _finish(outcome, step + 1, telemetry, ledger)
+
+
+def _frozen(networks: Mapping[str, nn.Module], world: World) -> nn.ModuleDict:
+    return nn.ModuleDict(networks).to(world.device).requires_grad_(False).eval()
 
 
 def _finish(outcome: Outcome, step: int, telemetry: Telemetry, ledger: Ledger) -> Outcome:

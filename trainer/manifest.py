@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from pipelines import index, storage
 from pipelines.contracts import PositiveInt
 from pipelines.faults import InputError, near
 from trainer import recipe as recipes
@@ -212,6 +213,9 @@ class RunManifest(_Part):
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Decay of the averaged weights; 0 keeps none.")
     zero: ZeroSpec = ZeroSpec()
     clip: Mapping[str, Any] = Field(default_factory=dict, description="Fields of the clip rule, for all stages.")
+    teachers: Mapping[str, str] = Field(
+        default_factory=dict, description="Runs whose models the recipe learns from, frozen, by name, for all stages."
+    )
     stages: Mapping[str, Mapping[str, Any]] = Field(default_factory=dict)
     workers: WorkerSpec = WorkerSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
@@ -232,9 +236,15 @@ class RunManifest(_Part):
 
     @cached_property
     def loaded_recipe(self) -> recipes.Recipe:
-        """The recipe, constructed from ``model``."""
+        """The recipe, constructed from ``model``; one that trains on latents takes their layout from ``data.train``,
+        where that can be opened.
+        """
         kind = recipes.load(self.recipe)
-        return kind(kind.Config.model_validate(self.model))
+        model = dict(self.model)
+        if "latents" in kind.Config.model_fields and model.get("latents") is None:
+            with contextlib.suppress(InputError):
+                model["latents"] = index.open_dataset(storage.absolute(self.data.train[0].dataset)).latents
+        return kind(kind.Config.model_validate(model))
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -254,8 +264,7 @@ class RunManifest(_Part):
         """The manifest with every default and stage spelled out, as plain data; loading it again gives the same run."""
         plain = self.model_dump(mode="json")
         plain["model"] = self.loaded_recipe.config.model_dump(mode="json")
-        plain["clip"] = {}
-        plain["stages"] = {}
+        plain["clip"], plain["teachers"], plain["stages"] = {}, {}, {}
         for stage in resolve_stages(self):
             said = stage.model_dump(mode="json", exclude={"name"})
             said["optimizer"] = self.optimizer_for(stage).model_dump(mode="json")
@@ -278,7 +287,8 @@ class RunManifest(_Part):
 
 
 def resolve_stages(manifest: RunManifest) -> tuple[Stage, ...]:
-    """The recipe's stages, changed by the manifest's ``clip`` and ``optimizer``, then by what it says of each stage.
+    """The recipe's stages, changed by the manifest's ``clip``, ``optimizer`` and ``teachers``, then by what it says of
+    each stage.
 
     Raises ValidationError or InputError.
     """
@@ -294,7 +304,8 @@ def resolve_stages(manifest: RunManifest) -> tuple[Stage, ...]:
 
 
 def _resolve_stage(manifest: RunManifest, published: Stage) -> Stage:
-    everywhere = {"clip": manifest.clip, "optimizer": manifest.optimizer.model_dump(exclude_unset=True)}
+    optimizer = manifest.optimizer.model_dump(exclude_unset=True)
+    everywhere = {"clip": manifest.clip, "optimizer": optimizer, "teachers": manifest.teachers}
     merged = _merge(_merge(published.model_dump(), everywhere), manifest.stages.get(published.name, {}))
     return Stage.model_validate(merged)
 
@@ -403,7 +414,7 @@ def _joint(manifest: RunManifest) -> list[str]:
         return []
     if not any(stage.steps for stage in stages):
         faults.append("stages: every stage has 0 steps; give at least one of them some")
-    workers = manifest.workers
+    workers, recipe = manifest.workers, manifest.loaded_recipe
     for stage in stages:
         batch = min(clips for clips in (stage.batch or manifest.batch, stage.image_batch) if clips)
         if batch < workers.greatest:
@@ -414,12 +425,9 @@ def _joint(manifest: RunManifest) -> list[str]:
             break
     for stage in stages:
         if stage.steps:
-            faults += [f"stages.{stage.name}.{line}" for line in manifest.loaded_recipe.check(stage)]
-        for height, width in stage.clip.sizes:
-            try:
-                manifest.loaded_recipe.latent(stage.clip.frames, height, width)
-            except InputError as error:
-                faults.append(f"stages.{stage.name}.clip.sizes: {error}")
+            faults += [f"stages.{stage.name}.{line}" for line in recipe.check(stage)]
+        if recipes.codes(recipe):
+            faults += _sizes(recipe, stage)
     if manifest.failure.grace_seconds <= LEAVE_SECONDS:
         faults.append(
             f"failure.grace_seconds: {manifest.failure.grace_seconds:g}: a run leaves {LEAVE_SECONDS:g} s before the "
@@ -435,7 +443,18 @@ def _joint(manifest: RunManifest) -> list[str]:
         faults.append(f"data.eval: {manifest.data.eval} is also trained on; hold other videos back")
     if manifest.evaluation.every_steps and not manifest.data.eval:
         faults.append("evaluation.every_steps: there is no data.eval to evaluate on; name a dataset there")
+    if manifest.data.eval and not recipes.codes(recipe):
+        faults.append(f"data.eval: {manifest.data.eval}: recipe {recipe.name} decodes no videos, so nothing can be "
+                      "evaluated. Leave it out; `moviola sample` draws samples")  # fmt: skip
     return faults
+
+
+def _sizes(recipe: recipes.CodecRecipe, stage: Stage) -> Iterator[str]:
+    for height, width in stage.clip.sizes:
+        try:
+            recipe.latent(stage.clip.frames, height, width)
+        except InputError as error:
+            yield f"stages.{stage.name}.clip.sizes: {error}"
 
 
 def _kubernetes(manifest: RunManifest, spec: KubernetesSpec) -> Iterator[str]:
@@ -554,8 +573,6 @@ def parse(text: str, where: str) -> dict[str, Any]:
 
 
 def _read(source: str) -> str:
-    from pipelines import storage
-
     try:
         data = Path(source).read_bytes() if "://" not in source else storage.read_bytes(source)
     except FileNotFoundError:

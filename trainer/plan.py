@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipelines import index, order
-from pipelines.contracts import Batch, Source
+from pipelines.contracts import Batch, ClipRule, Source
 from pipelines.faults import InputError
 from trainer import recipe as recipes
 from trainer.blocks.discriminator import PatchDiscriminator
 from trainer.manifest import RunManifest
+from trainer.recipe import LatentSpec
+from trainer.run import models_of
 
 
 def dry_run(manifest: RunManifest) -> dict[str, Any]:
@@ -33,7 +35,7 @@ def dry_run(manifest: RunManifest) -> dict[str, Any]:
     parts = recipe.parts(model)
     last = schedule.stages[-1]
     rule = last.clip
-    latent = recipe.latent(rule.frames, *rule.sizes[0])
+    latent = _latent(recipe, rule)
     worlds = sorted({manifest.workers.least, manifest.workers.greatest})
     total = sum(p.numel() for p in model.parameters())
     trained = max(
@@ -50,12 +52,7 @@ def dry_run(manifest: RunManifest) -> dict[str, Any]:
             "by_part": dict(parts),
             "adversary": discriminator,
         },
-        "latent": {
-            "shape": {name: list(shape) for name, shape in latent.shapes.items()},
-            "channels": latent.channels,
-            "numbers_per_frame": latent.numbers_per_frame,
-            "clip": [3, rule.frames, *rule.sizes[0]],
-        },
+        "latent": latent,
         "batch": {
             "global": manifest.batch,
             "steps": schedule.steps,
@@ -76,6 +73,24 @@ def dry_run(manifest: RunManifest) -> dict[str, Any]:
             for share in shares
         ],
         "data": _stream(manifest),
+    }
+
+
+def _latent(recipe: recipes.Recipe, rule: ClipRule) -> dict[str, Any]:
+    """The latent of a codec's clip, or what a latent diffusion model makes."""
+    if recipes.samples(recipe):
+        layout = recipe.layout
+        shapes = {name: tensor.shape for name, tensor in layout.tensors.items()}
+        clip = (layout.frames, layout.height, layout.width)
+        spec = LatentSpec(shapes, max(t.channels for t in layout.tensors.values()), layout.numbers / layout.frames)
+    else:
+        clip = (rule.frames, *rule.sizes[0])
+        spec = recipes.codec_of(recipe, recipe.name).latent(*clip)
+    return {
+        "shape": {name: list(shape) for name, shape in spec.shapes.items()},
+        "channels": spec.channels,
+        "numbers_per_frame": spec.numbers_per_frame,
+        "clip": [3, *clip],
     }
 
 
@@ -124,6 +139,8 @@ def _activations(manifest: RunManifest, model: nn.Module) -> tuple[float | None,
     try:
         with contextlib.redirect_stdout(sys.stderr):  # torch says there what it downloads
             teachers = recipe.teachers()
+            for stage in schedule.stages:
+                teachers.update(models_of(stage))
     except InputError as error:
         return None, str(error)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -151,12 +168,20 @@ def _activations(manifest: RunManifest, model: nn.Module) -> tuple[float | None,
             batch = Batch(
                 pixels_BCTHW=torch.zeros(1, 3, plan.rule.frames, *max(stage.clip.sizes, key=math.prod)),
                 fps_B=torch.ones(1), motion_B=torch.zeros(1), places=(0,), sources=(Source("", "", ""),),
-                plan=plan, weight=1.0, seed=manifest.seed,
+                plan=plan, weight=1.0, seed=manifest.seed, arrays=_arrays(recipe), masks=_arrays(recipe, mask=True),
             )  # fmt: skip
             with torch.autocast("cpu", torch.bfloat16, enabled=manifest.precision == "bf16"):
                 recipe.step(model, batch, stage, teachers)
         most = max(most, sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
     return most, None
+
+
+def _arrays(recipe: recipes.Recipe, *, mask: bool = False) -> dict[str, Tensor]:
+    """Stored latents of one clip, or their masks, for a recipe that trains on them."""
+    tensors = recipe.layout.tensors if recipes.samples(recipe) else {}
+    if mask:
+        return {name: torch.ones(1, *tensor.tokens, dtype=torch.bool) for name, tensor in tensors.items()}
+    return {name: torch.zeros(1, *tensor.shape) for name, tensor in tensors.items()}
 
 
 def _stream(manifest: RunManifest) -> dict[str, Any]:

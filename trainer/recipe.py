@@ -12,20 +12,22 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
 
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from pipelines.contracts import Batch
+from pipelines.contracts import Batch, LatentLayout
 from pipelines.faults import InputError, near
 from trainer.stage import Stage
 
 Latent = Mapping[str, Tensor]
-"""One step of a latent stream: named tensors with a batch dimension of 1, for as many frames as the recipe chose.
+"""One step of a latent stream: named tensors (1, C, ...), for as many frames as the recipe chose.
 
-All that decoding needs is in it. ``frames`` (1,) is how many frames it decodes to, wherever the other shapes don't say
-(the padded last window of a video). Tensors of whole numbers, as this one, are not counted as latent numbers.
+Channels come first, then any number of token axes: (1, C, t, h, w) for a grid, (1, C, n) for a row of tokens. Time is
+the first token axis of a grid; the last axis is the one whose length may follow from the clip's content. All that
+decoding needs is in it. ``frames`` (1,) is how many frames it decodes to, wherever the other shapes don't say (the
+padded last window of a video). Tensors of whole numbers, as this one, are not counted as latent numbers.
 """
 
 
@@ -64,13 +66,14 @@ class LatentSpec:
 
 @runtime_checkable
 class Recipe(Protocol):
-    """A paper. Constructed from its validated ``Config``; cheap until ``build`` is called."""
+    """What trains: all that the loop needs. Constructed from its validated ``Config``; cheap until ``build`` is called.
+
+    A paper's autoencoder is a :class:`CodecRecipe` too, a diffusion model over stored latents a :class:`LatentRecipe`.
+    """
 
     name: ClassVar[str]
     Config: ClassVar[type[BaseModel]]
     config: BaseModel
-    multiple: int
-    """Height and width that ``encode`` takes must be multiples of this; 1 where the model pads by itself."""
 
     def __init__(self, config: BaseModel) -> None: ...
 
@@ -92,7 +95,10 @@ class Recipe(Protocol):
         ...
 
     def teachers(self) -> nn.ModuleDict:
-        """Frozen networks that losses need (LPIPS, SigLIP): moved to the device, never trained or checkpointed."""
+        """Frozen networks that losses need (LPIPS, SigLIP): moved to the device, never trained or checkpointed.
+
+        ``step`` gets them together with the models of other runs that the stage names in ``Stage.teachers``.
+        """
         ...
 
     def step(self, model: nn.Module, batch: Batch, stage: Stage, teachers: nn.ModuleDict) -> StepOutput:
@@ -106,6 +112,14 @@ class Recipe(Protocol):
     def parts(self, model: nn.Module) -> Mapping[str, int]:
         """Parameters by part; parts that the paper does not count start with ``(``."""
         ...
+
+
+@runtime_checkable
+class CodecRecipe(Recipe, Protocol):
+    """What also codes: pixels to latents and back. ``trainer.codec`` makes a command of it."""
+
+    multiple: int
+    """Height and width that ``encode`` takes must be multiples of this; 1 where the model pads by itself."""
 
     def latent(self, frames: int, height: int, width: int) -> LatentSpec:
         """The latent of a clip of that shape; raises InputError when the shape does not divide."""
@@ -134,9 +148,87 @@ class Recipe(Protocol):
         ...
 
 
-def unknown_names(stage: Stage, *, losses: Collection[str], knobs: Collection[str] = ()) -> Iterator[str]:
-    """Faults for the stage's loss terms and knobs that are not among those of the recipe, with the nearest name."""
-    for field_, given, known in (("losses", stage.losses, losses), ("knobs", stage.knobs, knobs)):
+@runtime_checkable
+class LatentRecipe(Recipe, Protocol):
+    """What trains on the latents that ``moviola encode --dataset`` stored, and makes new ones.
+
+    Its ``Config`` has a field ``latents``, None or a LatentLayout: a manifest leaves it out and gets that of the first
+    dataset of ``data.train``. Batches have ``arrays`` and ``masks``, and pixels of no frames. Its model is a
+    :class:`Predictor`.
+    """
+
+    @property
+    def layout(self) -> LatentLayout:
+        """What is stored of a clip; raises InputError where ``latents`` is None."""
+        ...
+
+    def sample(
+        self,
+        model: nn.Module,
+        seed: int,
+        place: int,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        caption_emb_1LD: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """New arrays (1, C, ...) of the layout, in the units of the stored ones, each as long as its kept part.
+
+        A pure function of the weights and of the arguments; ``steps`` and ``guidance`` None take the configuration's.
+        """
+        ...
+
+
+class Predictor(Protocol):
+    """What a latent diffusion model offers to post-training, as ``teachers["predictor"]`` of ``Recipe.step``."""
+
+    def predict(
+        self,
+        latents: Mapping[str, Tensor],
+        t_B: Tensor,
+        noise: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor] | None = None,
+        *,
+        caption_emb_BLD: Tensor | None = None,
+        caption_mask_BL: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Clean latents (B, C, ...), noised to ``t_B`` and predicted from that: same names, shapes and units.
+
+        ``latents`` are in the codec's own units, as ``encode`` yields them but B at once; ``noise`` is standard normal
+        of the same shapes. The model normalises by its stored statistics, noises to z_t = (1 - t) z + t ε with t in
+        [0, 1], and returns z_t - t v in the codec's units. ``masks`` (B, ...) over the token axes are True where there
+        is a token; a name that is missing there has all of them. Raises ValueError for latents of another layout.
+        """
+        ...
+
+
+def codes(recipe: Recipe) -> TypeGuard[CodecRecipe]:
+    """Whether the recipe is a codec."""
+    return isinstance(recipe, CodecRecipe)
+
+
+def samples(recipe: Recipe) -> TypeGuard[LatentRecipe]:
+    """Whether the recipe trains on stored latents."""
+    return not codes(recipe)
+
+
+def codec_of(recipe: Recipe, where: str) -> CodecRecipe:
+    """The recipe, if it is a codec; else raises InputError that says what ``where`` is instead."""
+    if codes(recipe):
+        return recipe
+    raise InputError(
+        f"{where} is a latent diffusion model (recipe {recipe.name}): it makes latents, and neither encodes nor "
+        "decodes videos. Give a codec's checkpoint here; `moviola sample CHECKPOINT OUT --codec CODEC` draws samples",
+        status=2,
+    )
+
+
+def unknown_names(
+    stage: Stage, *, losses: Collection[str], knobs: Collection[str] = (), teachers: Collection[str] = ()
+) -> Iterator[str]:
+    """Faults for loss terms, knobs and teachers of the stage that the recipe does not know, with the nearest name."""
+    lists = (("losses", stage.losses, losses), ("knobs", stage.knobs, knobs), ("teachers", stage.teachers, teachers))
+    for field_, given, known in lists:
         for name in given:
             if name not in known:
                 have = f"this recipe has {', '.join(sorted(known))}" if known else "this recipe has none"

@@ -18,6 +18,7 @@ from torch import nn
 from pipelines import index, storage
 from pipelines.faults import InputError
 from trainer import checkpoint, manifest
+from trainer import recipe as recipes
 from trainer.manifest import RunManifest
 from trainer.recipe import Recipe
 from trainer.stage import Stage
@@ -70,10 +71,26 @@ def data_faults(run: RunManifest) -> list[str]:
         except InputError as error:
             faults.append(f"{field}: {error}")
             continue
-        if field.startswith("data.train"):
+        if line := _other_kind(run.loaded_recipe, dataset):
+            faults.append(f"{field}: {ref.dataset}: {line}")
+        elif field.startswith("data.train") and dataset.latents is None:
             stages = run.schedule.stages
             faults += [f"{field}: {ref.dataset}: {line}" for s in stages if (line := _too_short(dataset.card, s))]
     return faults
+
+
+def _other_kind(recipe: Recipe, dataset: index.Dataset) -> str | None:
+    """Why the recipe can't train on what the dataset holds."""
+    if recipes.codes(recipe) and dataset.latents is not None:
+        return (
+            f"it holds latents, and recipe {recipe.name} trains on videos. Name the dataset that they were encoded from"
+        )
+    if recipes.samples(recipe) and dataset.latents is None:
+        return (
+            f"it holds videos, and recipe {recipe.name} trains on latents. Encode it first: "
+            f"moviola encode CHECKPOINT --dataset {storage.redact(dataset.url)} DEST"
+        )
+    return None
 
 
 def _too_short(card: index.Card, stage: Stage) -> str | None:
@@ -106,9 +123,11 @@ def _pin(run: RunManifest, stored: RunManifest | None) -> RunManifest:
     plain["data"]["train"] = [pin(ref) for ref in run.data.train]
     plain["data"]["images"] = [pin(ref) for ref in run.data.images]
     for name, stage in plain["stages"].items():
+        before = stored.resolved()["stages"].get(name, {}) if stored is not None else {}
         if stage["init_from"] and stage["steps"]:
-            before = stored.resolved()["stages"].get(name, {}).get("init_from") if stored is not None else None
-            stage["init_from"] = _pin_weights(storage.absolute(stage["init_from"]), before)
+            stage["init_from"] = _pin_weights(stage["init_from"], before.get("init_from"))
+        for teacher, url in stage["teachers"].items() if stage["steps"] else ():
+            stage["teachers"][teacher] = _pin_weights(url, before.get("teachers", {}).get(teacher))
     if run.data.eval:
         plain["data"]["eval"] = storage.absolute(run.data.eval)
         index.open_dataset(plain["data"]["eval"])
@@ -116,7 +135,8 @@ def _pin(run: RunManifest, stored: RunManifest | None) -> RunManifest:
 
 
 def _pin_weights(url: str, before: str | None) -> str:
-    """The checkpoint that a stage starts from: of a run the newest one, or the one that was pinned ``before``."""
+    """The checkpoint that a stage takes: of a run the newest one, or the one that was pinned ``before``."""
+    url = storage.absolute(url)
     if before is not None and storage.join(before, "").startswith(storage.join(url, "")):
         return before
     return checkpoint.using(url, lambda found: found.url)
@@ -156,6 +176,20 @@ def open_model(url: str, *, ema: bool | None = None, warn: Callable[[str], None]
     averaged = bool(stored.ema) if ema is None else ema
     checkpoint.assign(model, checkpoint.load_weights(url, ema=averaged, warn=warn))
     return Trained(stored, recipe, model.eval().requires_grad_(False), url)
+
+
+def models_of(stage: Stage) -> dict[str, nn.Module]:
+    """The models of the runs that the stage names as teachers, each built by the recipe of its own manifest.
+
+    Raises InputError where one is not there.
+    """
+    models = {}
+    for name, url in stage.teachers.items():
+        try:
+            models[name] = open_model(url).model
+        except InputError as error:
+            raise InputError(f"stages.{stage.name}.teachers.{name}: {error}", status=error.status) from None
+    return models
 
 
 def claim_together(run: RunManifest, runs: str, rank: int) -> tuple[RunManifest, str]:

@@ -108,6 +108,9 @@ class Stage(BaseModel):
     init_from: str | None = Field(
         None, description="Checkpoint or run whose weights this stage starts from; optimizer and average start afresh."
     )
+    teachers: Mapping[str, str] = Field(
+        default_factory=dict, description="Checkpoints or runs whose models the recipe learns from, frozen, by name."
+    )
     knobs: Mapping[str, Any] = Field(default_factory=dict)
 
     @field_validator("losses")

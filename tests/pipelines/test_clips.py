@@ -19,7 +19,7 @@ SOURCE = Source("data", "shard-000000.tar", "key")
 
 def record(frames: int = 40, fps: float = 24, motion: float = 0.25, image: bool = False) -> np.void:
     row = np.zeros(1, record_type(3))[0]
-    row["frames"], row["fps"], row["motion"], row["image"] = frames, fps, motion, image
+    row["frames"], row["fps"], row["motion"], row["kind"] = frames, fps, motion, image
     return row
 
 

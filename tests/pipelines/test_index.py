@@ -19,7 +19,9 @@ from pipelines import storage
 from pipelines.faults import InputError
 from pipelines.index import (
     HEADER,
+    IMAGE,
     MAGIC,
+    VIDEO,
     Card,
     Dataset,
     Member,
@@ -120,7 +122,7 @@ def test_members_of_every_kind_are_found(any_url: str) -> None:
     assert [(row["height"], row["width"]) for row in rows.values()] == [(16, 32)] * 2 + [(48, 16), (16, 32)] + [
         (20, 30)
     ] * 2
-    assert [bool(row["image"]) for row in rows.values()] == [False] * 4 + [True] * 2
+    assert [row["kind"] for row in rows.values()] == [VIDEO] * 4 + [IMAGE] * 2
     assert first["motion"] == 0.25
     assert dataset.card.name == "kinds" and dataset.card.licence == "CC0"
     assert dataset.card.counts["clips"] == 6 and dataset.card.counts["images"] == 2

@@ -45,7 +45,7 @@ def rewritten(url, shard, change):
         members = []
         for row in opened.records(number):
             values = {name: row[name].item() for name in names}
-            members.append(index.Member(**{**values, "key": values["key"].decode(), "image": bool(values["image"])}))
+            members.append(index.Member(**{**values, "key": values["key"].decode(), "kind": int(values["kind"])}))
         if number == shard:
             members = change(members)
         shards.append(index.write_shard_index(str(url), file, members, int(opened.shard_bytes[number])))

@@ -349,7 +349,7 @@ def test_images_are_clips_of_one_frame(tmp_path):
     dataset = index.open_dataset(str(tmp_path / "made"))
     assert dataset.card.counts["images"] == 3
     records = dataset.records(0)
-    assert records["image"].all() and (records["frames"] == 1).all()
+    assert (records["kind"] == index.IMAGE).all() and (records["frames"] == 1).all()
 
 
 def test_a_worker_that_dies_or_falls_silent_costs_one_video(videos, tmp_path):

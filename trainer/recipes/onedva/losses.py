@@ -18,6 +18,8 @@ from trainer.recipes.onedva.config import OneDvaConfig
 from trainer.recipes.onedva.model import SEQUENCE, STRUCTURAL, Made, padded
 from trainer.stage import Stage
 
+PREDICTOR = "predictor"
+"""The teacher that predicts latents, in post-training."""
 TERMS = ("flow", "kl", "align", "repa", "lpips")
 LATENTS = ("structural", "both", "predicted")
 """What the knob ``latents`` of a stage may be: what the decoder is given."""
@@ -25,8 +27,14 @@ LATENTS = ("structural", "both", "predicted")
 
 def check(stage: Stage, config: OneDvaConfig) -> Iterator[str]:
     """Terms and knobs that the configuration or the stage doesn't have."""
-    yield from unknown_names(stage, losses=TERMS, knobs=("latents",))
     given = stage.knobs.get("latents", "both")
+    teachers = (PREDICTOR,) if given == "predicted" else ()
+    yield from unknown_names(stage, losses=TERMS, knobs=("latents",), teachers=teachers)
+    if given == "predicted" and PREDICTOR not in stage.teachers:
+        yield (
+            "teachers.predictor: missing, and this stage trains on predicted latents. Name a run of recipe latentdit "
+            "that was trained on this codec's latents"
+        )
     if given not in LATENTS:
         yield f"knobs.latents: {given!r}: take {', '.join(LATENTS)}"
     weights = {name: weight for name, weight in stage.losses.items() if weight and name in TERMS}

@@ -27,7 +27,6 @@ from trainer.recipes.onedva.siglip import SigLip
 from trainer.stage import Stage
 
 FRAMES, SIZE = "frames", "size"
-PREDICTOR = "predictor"
 
 
 class OneDvaRecipe:
@@ -91,12 +90,12 @@ class OneDvaRecipe:
             shapes.pop(SEQUENCE)
         predictor, predictor_t_B = None, None
         if given == "predicted":
-            if PREDICTOR not in teachers:
+            if losses.PREDICTOR not in teachers:
                 raise InputError(
                     f"stage {stage.name!r} trains on predicted latents, and there is no predictor. Name a run of the "
                     "latent diffusion model in the manifest: teachers: {predictor: RUN}"
                 )
-            predictor = teachers[PREDICTOR]
+            predictor = teachers[losses.PREDICTOR]
             low, high = config.post_noise
             predictor_t_B = low + (high - low) * batch.rand("post/t", 1)[:, 0]
         purpose = "post" if predictor is not None else "z"
