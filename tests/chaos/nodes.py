@@ -34,9 +34,12 @@ QUICK = {
 
 
 class Nodes:
-    """A head without CPUs, where controllers live, and ``count`` nodes of one CPU each. A context manager."""
+    """A head without CPUs, where controllers live, and ``count`` nodes of one CPU each. A context manager.
 
-    def __init__(self, count: int) -> None:
+    With ``dashboard`` the head serves Ray's job API at the address of that name.
+    """
+
+    def __init__(self, count: int, *, dashboard: bool = False) -> None:
         self._folder = tempfile.mkdtemp(prefix="mv-", dir="/tmp")  # sockets with longer paths are refused
         Path(self._folder, "ray").mkdir()
         env = {**QUICK, "RAY_TMPDIR": self._folder}
@@ -44,9 +47,10 @@ class Nodes:
         os.environ.update(env)
         self._cluster = Cluster(
             initialize_head=True,
-            head_node_args={"num_cpus": 0, "include_dashboard": False},
+            head_node_args={"num_cpus": 0, "include_dashboard": dashboard, "dashboard_port": 0},
         )
         self.address = self._cluster.address
+        self.dashboard = f"http://{self._cluster.webui_url}"
         self.nodes: list[Any] = []
         for _ in range(count):
             self.add()
