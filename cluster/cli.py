@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -21,7 +21,6 @@ STOPPED = 75
 INTERRUPTED = 130
 app = typer.Typer(
     name="moviola",
-    help="Trains video autoencoders at scale. `moviola COMMAND --help` says more of each command.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -48,6 +47,23 @@ Cluster = Annotated[
 ]
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Show what it says until it ends.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        out.print(f"moviola {version('moviola')}, torch {version('torch')}, ray {version('ray')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def moviola(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show versions and exit.")
+    ] = False,
+) -> None:
+    """Trains video autoencoders at scale. `moviola COMMAND --help` says more of each command."""
 
 
 @app.command()
@@ -105,9 +121,12 @@ def submit(
 
     submitting.known(cluster)
     run_url = folder.url_of(runs, wanted.name)
-    if cluster == "kubernetes":
+    if cluster == "kubernetes" and wanted.kubernetes is not None:
         job = kubernetes.render(wanted, run_url, f"{wanted.name}-000000", submitting.environment())
-        out.print(kubernetes.text(job), end="", highlight=False)
+        if as_json:
+            out.print_json(data=job)
+        else:
+            out.print(kubernetes.text(job), end="", highlight=False)
     faults = list(submitting.judge(wanted, runs, cluster))
     if faults:
         listing = "\n  ".join(faults)
@@ -138,7 +157,7 @@ def _follow(run_url: str, name: str, *, forever: bool) -> None:
     from cluster import submit as submitting
 
     state = submitting.follow(run_url, lambda line: out.print(storage.redact(line), highlight=False), forever=forever)
-    if forever and state == "failed":
+    if forever and state in ("failed", "silent"):
         raise typer.Exit(1)
     if forever and state == "stopped":
         raise typer.Exit(STOPPED)
@@ -266,33 +285,47 @@ def _cells(*values: Any) -> list[str]:
 @app.command()
 def status(run: RunName, runs: Runs = "./runs", as_json: Json = False) -> None:
     """One run, from its storage: state, step, loss, commits, restarts and where every second went."""
+    from cluster import runs as known
     from cluster import submit as submitting
 
-    state = dataclasses.asdict(submitting.refresh(_run(run, runs)[2]))
+    state = submitting.refresh(_run(run, runs)[2])
     if as_json:
-        out.print_json(data=state)
+        out.print_json(data=dataclasses.asdict(state))
         return
+    total = sum(state.ledger.values()) or 1.0
+    causes = ", ".join(f"{cause} {times}" for cause, times in state.causes.items())
+    rows = {
+        "run": state.name, "state": state.state, "on": state.cluster, "attempt": state.attempt, "stage": state.stage,
+        "step": f"{state.step} of {state.steps}", "loss": state.loss, "clips a second": state.clips_per_second,
+        "time left": None if state.seconds_left is None else known.clock(state.seconds_left),
+        "last commit": None if state.last_commit_step is None else f"step {state.last_commit_step}",
+        "restarts": f"{state.restarts} ({causes})" if causes else 0,
+        "goodput": None if state.goodput is None else f"{state.goodput:.1%} of {known.clock(total)}",
+        "time went to": "  ".join(f"{cause} {s:.0f} s ({s / total:.0%})" for cause, s in state.ledger.items()
+                                  if s >= 0.5) or None,
+    }  # fmt: skip
     table = Table(show_header=False)
-    for key, value in state.items():
-        if key == "ledger":
-            total = sum(value.values()) or 1.0
-            value = "  ".join(f"{cause} {s:.0f} s ({s / total:.0%})" for cause, s in value.items() if s >= 0.5)
-        elif key == "causes":
-            value = ", ".join(f"{cause} {times}" for cause, times in value.items()) or None
-        table.add_row(key.replace("_", " "), *_cells(value))
+    for name, value in (rows | ({"failure": state.failure} if state.failure else {})).items():
+        table.add_row(name, *_cells(value))
     out.print(table)
 
 
 @app.command()
 def stop(run: RunName, runs: Runs = "./runs") -> None:
-    """Ask a run to commit a checkpoint and end."""
+    """Ask a run to commit a checkpoint and end. A job that has not begun is taken back."""
+    from cluster import runs as known
     from cluster import submit as submitting
 
     _, run, run_url = _run(run, runs)
     state = submitting.refresh(run_url).state
     if state in ("done", "stopped", "failed"):
         raise InputError(f"run {run} is already {state}")
-    submitting.stop(run_url)
+    if submitting.stop(run_url) == "stopped":
+        step = known.status(run_url).last_commit_step
+        kept = "no checkpoint is committed" if step is None else f"the checkpoint of step {step} is committed"
+        began = "nothing has begun with it" if state == "waiting" else "its process was gone"
+        err.print(f"run {run} is stopped: {began}, and {kept}; `moviola resume {run}` goes on")
+        return
     if state == "silent":
         _warn(f"nothing is heard of {run}, so it may be over; if its process lives, it stops at its next step")
     err.print(f"asked {run} to stop; `moviola status {run}` says when its checkpoint is committed")
@@ -304,7 +337,7 @@ def evaluate(
     dataset: Annotated[str | None, typer.Argument(help="Dataset; by default the run's data.eval.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames of a clip; by default the last stage's.", min=1)] = None,
     clips: Annotated[int | None, typer.Option(help="Clips, spread over the dataset; by default all.", min=1)] = None,
-    lpips: Annotated[str, typer.Option(help="LPIPS backbone: alex or vgg.")] = "alex",
+    lpips: Annotated[Literal["alex", "vgg"], typer.Option(help="LPIPS backbone.")] = "alex",
     lpips_weights: Annotated[
         str, typer.Option(help="The backbone's weights: random, torchvision (downloads), a path or a URL.")
     ] = "random",
@@ -535,10 +568,13 @@ def lint(
 
 
 def _checkpoint(name: str, runs: str) -> tuple[str, str]:
-    """A checkpoint's URL and its run's, from a run's name, a run's URL or a checkpoint's."""
+    """A checkpoint's URL and its run's, from a run's name, a run's URL, a checkpoint's, or a folder that holds one."""
     import re
 
-    if "/" in name or name.startswith("."):
+    def exported() -> bool:
+        return os.path.isfile(os.path.join(name, "config.json")) and not storage.exists(storage.join(runs, name))
+
+    if "/" in name or name.startswith(".") or (name and exported()):
         return name, re.sub(r"/checkpoints/step-\d{8,}/?$", "", name.rstrip("/"))
     run_url = _run(name, runs)[2]
     return run_url, run_url

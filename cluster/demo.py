@@ -18,6 +18,7 @@ from rich.text import Text
 
 from cluster import launch, runs
 from cluster.cli import guarded
+from cluster.runs import clock
 from pipelines import pack, storage, synthetic
 from pipelines.faults import InputError
 from trainer import examine, run, trace
@@ -60,7 +61,7 @@ class Killer:
         """What happened, in one line."""
         if self.victim is None or self.killed_at is None or self.back_from is None:
             return "no worker was killed: the run was over too soon"
-        clock = time.strftime("%H:%M:%S", time.localtime(self.killed_at))
+        at = time.strftime("%H:%M:%S", time.localtime(self.killed_at))
         again = f" ({history.redone} clips were trained again)" if history.redone else ""
         verdict = (
             f"{history.places} places of the clip sequence, each in the final weights exactly once: "
@@ -69,7 +70,7 @@ class Killer:
             else f"{len(history.lost)} clips LOST and {len(history.repeated)} REPEATED"
         )
         return (
-            f"worker {self.victim['rank']} was killed at {clock} after step {self.step}; it was training again "
+            f"worker {self.victim['rank']} was killed at {at} after step {self.step}; it was training again "
             f"{self.back_after or 0:.1f} s later, from the checkpoint of step {self.back_from}{again}; {verdict}"
         )
 
@@ -90,7 +91,7 @@ def demo(videos: str | None, data: str, runs: str, console: Console) -> int:
     began = time.monotonic()
 
     def say(text: str) -> None:
-        console.print(Text(f"{launch.clock(time.monotonic() - began):>6}", "bold"), "", text)
+        console.print(Text(f"{clock(time.monotonic() - began):>6}", "bold"), "", text)
 
     shards = shards_of(videos, data, say)
     wanted = manifests.load(MANIFESTS / "demo.yaml", [f"data.train={shards}/train", f"data.eval={shards}/eval"])

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from trainer import checkpoint
 from trainer.lease import Fenced
 from trainer.loop import Outcome
 from trainer.manifest import RunManifest
+from trainer.metrics import PACE_LINES, seconds_left
 
 RAY_DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -316,20 +318,21 @@ def _bar(console: Console, manifest: RunManifest) -> Iterator[Watcher]:
     )
     task = progress.add_task("train", total=schedule.steps, stage="starting", loss="", speed="", left="")
     last_line = 0.0
+    lately: deque[dict[str, Any]] = deque(maxlen=PACE_LINES)
 
     def show(happened: list[dict[str, Any]], logged: list[dict[str, Any]]) -> None:
         nonlocal last_line
         for event in happened:
-            text = _told(event, schedule)
-            if text:
-                console.print(text, style=None if event["event"] == "start" else "yellow", markup=False)
+            if event["event"] in ("start", "restart", "resize", "warning"):
+                style = None if event["event"] == "start" else "yellow"
+                console.print(runs.told(event), style=style, markup=False)
         if not logged:
             return
+        lately.extend(logged)
         last = logged[-1]
-        done = last["step"] + 1
-        seconds = (schedule.work(schedule.steps) - schedule.work(done)) * last["seconds_per_pixel"]
+        done, seconds = last["step"] + 1, seconds_left(schedule, lately)
         loss, speed = f"loss {float(last['loss']):.4f}", f"{last['clips_per_second']:.1f} clips/s"
-        left = f"{clock(seconds)} left"
+        left = f"{runs.clock(seconds)} left"
         progress.update(task, completed=done, stage=last["stage"], loss=loss, speed=speed, left=left)
         if not console.is_terminal and (time.monotonic() - last_line > 5 or done == schedule.steps):
             last_line = time.monotonic()
@@ -337,26 +340,3 @@ def _bar(console: Console, manifest: RunManifest) -> Iterator[Watcher]:
 
     with progress:
         yield show
-
-
-def _told(event: dict[str, Any], schedule: Any) -> str | None:
-    kind = event["event"]
-    if kind == "start":
-        step = event["from_step"]
-        where = f"from the checkpoint of step {step}" if step else "from step 0"
-        return f"attempt {event['attempt']}: {event['world']} workers, {where}"
-    if kind == "restart":
-        who = "Ray Train's controller" if event["rank"] is None else f"worker {event['rank']}"
-        return f"{who} {event['cause']}; restarting from the last commit"
-    if kind == "resize":
-        return f"from {event['before']} to {event['after']} workers"
-    if kind == "warning":
-        return event["message"]
-    return None
-
-
-def clock(seconds: float) -> str:
-    """Seconds as 1m05s or 2h03m."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pipelines import storage
 from trainer import checkpoint
+from trainer.metrics import seconds_left
 from trainer.run import load
 from trainer.telemetry import goodput, read_lines
 
@@ -74,7 +75,7 @@ def status(run_url: str) -> Status:
         state = "running" if ends[-1]["event"] in BEGINNINGS else ends[-1]["event"]
         if ends[-1]["event"] == "launch" and "cluster" in ends[-1]:
             state = "waiting"
-        elif state == "running" and (time.time() - heard > SILENT_SECONDS or _gone(happened)):
+        elif state == "running" and (time.time() - heard > SILENT_SECONDS or gone(happened)):
             state = "silent"
     deaths = [e for e in happened if e["event"] == "restart"]
     causes: dict[str, int] = {}
@@ -84,7 +85,7 @@ def status(run_url: str) -> Status:
     schedule = run.schedule
     left = None
     if last and state == "running":
-        left = (schedule.work(schedule.steps) - schedule.work(step)) * last["seconds_per_pixel"]
+        left = seconds_left(schedule, logged)
     ledger = _newest_ledger(happened, last)
     return Status(
         name=run.name,
@@ -137,6 +138,13 @@ def told(event: Mapping[str, Any]) -> str:
         case "restart":
             who = "the controller" if event["rank"] is None else f"worker {event['rank']}"
             return f"{who} {event['cause']}; restarting from the last commit"
+        case "resize":
+            return f"from {event['before']} to {event['after']} workers"
+        case "serving":
+            return f"metrics and a report at http://{event['address']}/targets, /report"
+        case "evaluation":
+            psnr = event["psnr_db"]
+            return f"evaluated at step {event['step']}: {'not finite' if psnr is None else f'{psnr:.2f} dB PSNR'}"
         case "done" | "stopped":
             return f"{event['event']} at step {event['step']}"
         case kind:
@@ -146,13 +154,20 @@ def told(event: Mapping[str, Any]) -> str:
             return " ".join([kind, *(f"{key} {value}" for key, value in said.items())])
 
 
+def clock(seconds: float) -> str:
+    """Seconds as 1m05s or 2h03m."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
+
+
 def launched(happened: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The newest launch: by a process of ``host``, or as ``job`` of a ``cluster``."""
     return next((e for e in reversed(happened) if e["event"] == "launch"), None)
 
 
-def _gone(happened: list[dict[str, Any]]) -> bool:
-    """Whether the process that drove the run last was one of this machine's, and is no more."""
+def gone(happened: list[dict[str, Any]]) -> bool:
+    """Whether the process that drove the run last is known to be no more; of other machines' nothing is known."""
     launch = [e for e in happened if e["event"] in ("launch", "driver")][-1:]
     if not launch or launch[0].get("host") != socket.gethostname():
         return False

@@ -57,9 +57,16 @@ def submit(manifest: RunManifest, runs_url: str, target: str) -> Submitted:
     A run of the same manifest goes on from its last commit. Raises InputError with all faults at once, or where the run
     is running, the name is taken by another manifest, or the target refuses.
     """
-    client = connect(target, manifest)
-    if faults := list(judge(manifest, runs_url, target)):
-        listing = "\n  ".join(faults)
+    known(target)
+    faults = list(judge(manifest, runs_url, target))
+    try:
+        client = connect(target, manifest)
+    except InputError as error:
+        if not faults:
+            raise
+        faults.append(str(error))
+    if faults:
+        listing = "\n  ".join(dict.fromkeys(faults))
         raise InputError(f"{manifest.name} can't run on {target}:\n  {listing}", status=2)
     if folder.load(folder.url_of(runs_url, manifest.name), missing_ok=True) is not None:
         state = refresh(folder.url_of(runs_url, manifest.name))
@@ -143,6 +150,8 @@ def environment() -> dict[str, str]:
 
 def judge(manifest: RunManifest, runs_url: str, target: str) -> Iterator[str]:
     """What only shows of the manifest and the target together: field, value, reason, remedy."""
+    if target == "kubernetes" and manifest.kubernetes is None:
+        yield kubernetes.MISSING
     yield from _places(manifest, runs_url, target)
     data = folder.data_faults(manifest)
     yield from data
@@ -339,21 +348,32 @@ def _said(launch: Mapping[str, Any]) -> tuple[str, str] | None:
     return (ended, storage.redact((info.message or "no reason given").strip())) if ended else None
 
 
-def stop(run_url: str) -> None:
-    """Asks for a committed checkpoint and the end; a job that no machine has begun with is taken back."""
+def stop(run_url: str) -> runs.State:
+    """Asks for a committed checkpoint and the end; gives the run's state.
+
+    A job that no machine has begun with is taken back, and a run whose process is gone is over: both are ``stopped``.
+    """
     runs.ask_to_stop(run_url, "moviola stop")
-    state, launch = runs.status(run_url), runs.launched(runs.events(run_url)) or {}
+    happened = runs.events(run_url)
+    state, launch = runs.status(run_url), runs.launched(happened) or {}
+    if state.state == "silent" and runs.gone(happened):
+        note(run_url, "stopped", step=state.last_commit_step or 0)
+        return "stopped"
     if state.state != "waiting":
-        return
+        return state.state
     if launch["cluster"] == "kubernetes":
         kubernetes.delete(kubernetes.connect(), launch["namespace"], launch["job"])
     else:
         _ray(launch["cluster"]).stop_job(launch["job"])
     note(run_url, "stopped", step=state.last_commit_step or 0)
+    return "stopped"
 
 
 def follow(run_url: str, show: Callable[[str], None], *, forever: bool) -> runs.State:
-    """Shows what a run says, all of it so far and, with ``forever``, what comes until it ends; gives its last state."""
+    """Shows what a run says, all of it so far and, with ``forever``, what comes until it ends; gives its last state.
+
+    It is ``silent`` where the run can't go on by itself: its process is gone.
+    """
     logs = [Follower(storage.join(run_url, f"{name}.jsonl")) for name in ("events", "metrics")]
     seen = [runs.events(run_url), runs.metrics(run_url)]
     for line in runs.story(*seen):
@@ -361,6 +381,15 @@ def follow(run_url: str, show: Callable[[str], None], *, forever: bool) -> runs.
     state = refresh(run_url)
     pause, asked, silent = 2.0 if storage.is_remote(run_url) else 0.5, time.monotonic(), False
     while forever and state.state not in ("done", "stopped", "failed"):
+        if state.state == "silent" and runs.gone(happened := runs.events(run_url)):
+            log = next((f" (it wrote {event['log']})" for event in reversed(happened) if "log" in event), "")
+            show(
+                f"the process of {state.name} is gone{log}; `moviola resume {state.name}` goes on from its last commit"
+            )
+            break
+        if state.state == "silent" and not silent:
+            show(f"nothing was heard of {state.name} for a while; `moviola status {state.name}` says what is known")
+        silent = state.state == "silent"
         time.sleep(pause)
         fresh = [[r for r in log.new() if r not in old] for log, old in zip(logs, seen, strict=True)]
         seen = [[], []]
@@ -368,9 +397,6 @@ def follow(run_url: str, show: Callable[[str], None], *, forever: bool) -> runs.
             show(line)
         if any(event["event"] in ("done", "stopped", "failed") for event in fresh[0]) or time.monotonic() - asked > 10:
             state, asked = refresh(run_url), time.monotonic()
-            if state.state == "silent" and not silent:
-                show(f"nothing was heard of {state.name} for a while; `moviola status {state.name}` says what is known")
-            silent = state.state == "silent"
     return state.state
 
 

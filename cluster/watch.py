@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster import runs
-from cluster.launch import Follower, clock
+from cluster.events import Follower
 from pipelines import storage
 from trainer.manifest import RunManifest
 from trainer.run import load
@@ -83,7 +83,12 @@ class Page:
         committed = "none yet" if s.last_commit_step is None else f"step {s.last_commit_step}"
         text.append(f"  committed {committed}")
         if s.seconds_left is not None:
-            text.append(f"  {clock(s.seconds_left)} left")
+            text.append(f"  {runs.clock(s.seconds_left)} left")
+        if s.state == "silent":
+            heard = max(each["time"] for each in (*self.events, *self._lines.values()))
+            text.append(
+                f"\nlast heard of {runs.clock(time.time() - heard)} ago; moviola resume {s.name} goes on", "red"
+            )
         if s.failure:
             text.append(f"\n{s.failure}", "red")
         return text
@@ -124,7 +129,7 @@ class Page:
             if seconds[cause] / total >= 0.005:
                 legend.append("█ ", COLOURS[cause])
                 legend.append(f"{cause.replace('_', ' ')} {seconds[cause] / total:.0%}  ")
-        share = Text(f"goodput {self.status.goodput or 0:.1%} of {clock(total)}")
+        share = Text(f"goodput {self.status.goodput or 0:.1%} of {runs.clock(total)}")
         return Group(share, bar, legend)
 
     def _events(self) -> Table:
@@ -132,9 +137,8 @@ class Page:
         told = [event for event in self.events if event["event"] not in ("commit", "serving", "launch")][-6:]
         for event in told:
             at = time.strftime("%H:%M:%S", time.localtime(event["time"]))
-            table.add_row(
-                Text(at, "bright_black"), event["event"], Text(describe(event), overflow="ellipsis", no_wrap=True)
-            )
+            said = storage.redact(runs.told(event))
+            table.add_row(Text(at, "bright_black"), Text(said, overflow="ellipsis", no_wrap=True))
         return table
 
 
@@ -168,17 +172,3 @@ def sparkline(values: Sequence[float], width: int) -> str:
     low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
     scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
     return "".join(BLOCKS[round((value - low) * scale)] if value - value == 0 else " " for value in values)
-
-
-def describe(event: dict[str, Any]) -> str:
-    """An event in a few words."""
-    kind = event["event"]
-    if kind == "start":
-        return f"attempt {event['attempt']}, {event['world']} workers, from step {event['from_step']}"
-    if kind == "restart":
-        return f"worker {event['rank']} {event['cause']}"
-    if kind == "stage":
-        return f"{event['stage']} at step {event['step']}"
-    if kind == "evaluation":
-        return f"step {event['step']}: {event['psnr_db'] or float('nan'):.2f} dB"
-    return storage.redact(str(event.get("message", f"step {event['step']}" if "step" in event else "")))

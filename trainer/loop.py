@@ -241,8 +241,10 @@ def _train(
             leaving = wish.stop or wish.leave
             if exam and (done == schedule.steps or (done % exam.every_steps == 0 and not leaving)):
                 heartbeat.at(step, "evaluating")
+                paused = time.monotonic()
                 with ledger.span("evaluation"):
                     telemetry.evaluated(done, *exam.sit(run_url, engine.weights(ema=bool(manifest.ema)), world))
+                since += time.monotonic() - paused
             saver.check()
             _note_commit(saver, ledger, telemetry)
             if wish.stop and done < schedule.steps:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import os
 import threading
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from prometheus_client.registry import Collector
 
 from pipelines.faults import FaultBudget
 from trainer.manifest import RunManifest
+from trainer.stage import Schedule
 
 STEP_SECONDS = tuple(0.01 * 2**i for i in range(16))
 """Upper bounds of the histogram of step times: 10 ms to 328 s."""
@@ -47,10 +49,28 @@ STATISTICS = {
     "logits_fake": ("adversary_logit", "Mean logit of the adversary.", {"side": "fake"}),
     "adversary_weight": ("adversary_weight", "Weight of the adversarial term, as adapted.", {}),
     "kl": ("latent_kl", "Kullback-Leibler divergence of the latent from its prior.", {}),
-    "latent_length": ("latent_length", "Latent tokens of a clip in use.", {}),
+    "length": ("latent_length", "Latent tokens of a clip in use.", {}),
 }
 """Statistics and terms with a metric of their own; the others are told apart by a label."""
 EVALUATED = ("psnr_db", "ssim", "lpips")
+
+
+PACE_LINES = 100
+"""Logged steps that the time left is estimated from."""
+
+
+def seconds_left(schedule: Schedule, lines: Sequence[Mapping[str, Any]]) -> float:
+    """Time to the last step at the pace of the newest ``lines`` of metrics.jsonl, oldest first, at least one.
+
+    Evaluations and checkpoints count. The pace is this attempt's, and this stage's once there are three lines of it.
+    """
+    last, done = lines[-1], lines[-1]["step"] + 1
+    recent = [line for line in lines if line["attempt"] == last["attempt"]][-PACE_LINES:]
+    within = [line for line in recent if line["stage"] == last["stage"]]
+    first = (within if len(within) > 2 else recent)[0]
+    work = schedule.work(done) - schedule.work(first["step"] + 1)
+    pace = (last["time"] - first["time"]) / work if work > 0 else last["seconds_per_pixel"]
+    return (schedule.work(schedule.steps) - schedule.work(done)) * pace
 
 
 class Histogram:
@@ -141,7 +161,7 @@ class RunMetrics(Collector):
         """``address`` is where the run answers, a label of ``moviola_run_info`` that dashboards link to."""
         self._manifest, self._address = manifest, address
         self._lock = threading.Lock()
-        self._line: Mapping[str, Any] | None = None
+        self._lines: deque[Mapping[str, Any]] = deque(maxlen=PACE_LINES)
         self._ledger: Mapping[str, Any] | None = None
         self._evaluation: Mapping[str, Any] | None = None
         self._commit: Mapping[str, Any] | None = None
@@ -167,7 +187,7 @@ class RunMetrics(Collector):
                 self._evaluation = event if kind == "evaluation" else self._evaluation
                 self._newest(event.get("ledger"))
             for line in lines:
-                self._line = line
+                self._lines.append(line)
                 self._newest(line["ledger"])
 
     def _newest(self, ledger: Mapping[str, Any] | None) -> None:
@@ -185,8 +205,8 @@ class RunMetrics(Collector):
         run = self._manifest
         made = _Families(run=run.name)
         with self._lock:
-            line, ledger, evaluation, commit, start = (
-                self._line, self._ledger, self._evaluation, self._commit, self._start,
+            lines, ledger, evaluation, commit, start = (
+                [*self._lines], self._ledger, self._evaluation, self._commit, self._start,
             )  # fmt: skip
             state, diverged, restarts = self._state, self._diverged, dict(self._restarts)
         info = InfoMetricFamily("moviola_run", "What runs.", labels=["run"])
@@ -214,20 +234,19 @@ class RunMetrics(Collector):
                 made.gauge("checkpoint_phase_seconds", "What the newest checkpoint took.", seconds, phase=phase)
         if evaluation is not None:
             _evaluated(made, evaluation)
-        if line is not None:
-            self._logged(made, line)
+        if lines:
+            self._logged(made, lines)
         yield from made
 
-    def _logged(self, made: _Families, line: Mapping[str, Any]) -> None:
-        schedule = self._manifest.schedule
+    def _logged(self, made: _Families, lines: Sequence[Mapping[str, Any]]) -> None:
+        schedule, line = self._manifest.schedule, lines[-1]
         done = line["step"] + 1
         made.gauge("step", "Optimizer steps that the weights have had.", done)
         made.gauge("last_log_timestamp_seconds", "When a step was last logged.", line["time"])
         for stage in schedule.stages:
             text = "1 for the stage that is being trained."
             made.gauge("stage", text, stage.name == line["stage"], stage=stage.name)
-        work = schedule.work(schedule.steps) - schedule.work(done)
-        made.gauge("remaining_seconds", "Time left at the present speed.", work * line["seconds_per_pixel"])
+        made.gauge("remaining_seconds", "Time left at the pace of late.", seconds_left(schedule, lines))
         made.gauge("clips_per_second", "Clips of the whole run trained on a second.", line["clips_per_second"])
         made.gauge("learning_rate", "Learning rate of the last step.", line["lr"])
         made.gauge("gradient_norm", "Global gradient norm before clipping.", line["grad_norm"])

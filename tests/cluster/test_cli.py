@@ -185,6 +185,11 @@ def test_the_state_follows_the_newest_event(moviola, run_url, monkeypatch):
     gone.wait()
     _event(run_url, "launch", host=socket.gethostname(), pid=gone.pid)
     assert (state()["state"], state()["failure"]) == ("silent", None)
+    status, out, _ = moviola("logs", "small", "-f")
+    assert status == 1 and "the process of small is gone; `moviola resume small` goes on" in out
+    status, _, err = moviola("stop", "small")
+    assert status == 0 and "small is stopped: its process was gone, and no checkpoint is committed" in err
+    assert state()["state"] == "stopped" and (Path(run_url) / "stop.json").exists()
     _event(run_url, "launch", host="elsewhere", pid=gone.pid)
     assert (state()["state"], state()["failure"]) == ("running", None)
     _event(run_url, "start", from_step=0, world=1, workers=[])
@@ -196,6 +201,24 @@ def test_the_state_follows_the_newest_event(moviola, run_url, monkeypatch):
     assert (state()["state"], state()["step"]) == ("stopped", 7)
     keys = {"state", "attempt", "stage", "step", "loss", "last_commit_step", "restarts", "goodput"}
     assert keys <= state().keys()
+
+
+def test_an_exported_folder_is_named_as_a_run_is(run_url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("small", "exported"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").touch()
+    assert cli._checkpoint("exported", "runs") == ("exported", "exported")
+    assert cli._checkpoint("small", "runs") == (run_url, run_url), "a run goes before a folder of its name"
+    with pytest.raises(InputError, match="is no run's name"):
+        cli._checkpoint("", "runs")
+
+
+def test_versions_and_help_without_a_command(moviola):
+    status, out, _ = moviola("--version")
+    assert status == 0 and out.startswith("moviola 0") and "torch 2" in out and "ray 2" in out
+    status, out, err = moviola()
+    assert status in (0, 2) and "Trains video autoencoders at scale" in out + err and "fingerprint" in out + err
 
 
 def test_a_dry_run_is_one_object_and_leaves_nothing(moviola, tmp_path, plain):

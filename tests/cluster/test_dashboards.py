@@ -67,7 +67,16 @@ def exported(small_dataset):
         {"event": "commit", "step": 1, "time": 1.0, "bytes": 1, "seconds": {"write": 1.0}},
         {"event": "evaluation", "step": 1, **quality, "lpips_backbone": "x", "baselines": {"bicubic": quality}},
     ]
-    line = {"step": 0, "stage": "frames-3", "time": 1.0, "loss": 1.0, "terms": {}, "lr": 1.0, "grad_norm": 1.0}
+    line = {
+        "step": 0,
+        "attempt": 1,
+        "stage": "frames-3",
+        "time": 1.0,
+        "loss": 1.0,
+        "terms": {},
+        "lr": 1.0,
+        "grad_norm": 1.0,
+    }
     line |= {"statistics": dict.fromkeys([*STATISTICS, "other"], 1.0), "clips_per_second": 1.0, "ledger": ledger}
     line |= {"seconds_per_pixel": 1.0, "epochs": {"d": 1.0}, "counters": Counts().total({})}
     of_run = RunMetrics(manifest.validate(plain, "m"))

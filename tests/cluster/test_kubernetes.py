@@ -168,6 +168,13 @@ def test_every_rayjob_obeys_kuberays_schema_and_rules(crds, plain):
     assert ("cloud.google.com/gke-spot" in tolerated) >= manifest.kubernetes.spot
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "manifests").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_manifest_can_be_a_rayjob(crds, path):
+    manifest = manifests.load(path, ["kubernetes.image=registry.example/moviola:0.1"])
+    job = kubernetes.render(manifest, f"s3://runs/{manifest.name}", f"{manifest.name}-0a1b2c", ENVIRONMENT)
+    assert faults(crds["RayJob"], json.loads(json.dumps(job))) == []
+
+
 def test_no_key_of_this_machine_is_in_a_rayjob(monkeypatch):
     from cluster import submit
 

@@ -1,5 +1,6 @@
 """A run is judged as a whole, handed over, followed, taken back; a Ray of several nodes loses one and finishes it."""
 
+import json
 import socket
 import sys
 from pathlib import Path
@@ -64,8 +65,9 @@ def test_targets_that_are_none():
         free.bind(("127.0.0.1", 0))
         with pytest.raises(InputError, match=r"no Ray answers at http://127\.0\.0\.1:"):
             submit.connect(f"http://127.0.0.1:{free.getsockname()[1]}", None)
-    with pytest.raises(InputError, match="kubernetes: missing: a RayJob needs an image"):
-        submit.connect("kubernetes", manifests.load(ROOT / "manifests/demo.yaml"))
+    with pytest.raises(InputError, match="kubernetes: missing: a RayJob needs an image") as caught:
+        submit.submit(manifests.load(ROOT / "manifests/demo.yaml"), "runs", "kubernetes")
+    assert "--runs: runs: a folder of this machine" in str(caught.value) and str(caught.value).count("missing") == 1
 
 
 def test_what_only_shows_with_the_target_is_told_at_once(plain, monkeypatch):
@@ -162,7 +164,7 @@ def test_states_and_story_of_a_run_that_a_cluster_has(plain, tmp_path, monkeypat
         "failed: http://127.0.0.1:1: job small-0a1b2c: no image",
         "given to http://127.0.0.1:1 as job small-0a1b2c",
         "driven by process 1 on elsewhere",
-        "resize before 2 after 1",
+        "from 2 to 1 workers",
         "stopped at step 7",
     ]
 
@@ -198,3 +200,17 @@ def test_a_dry_run_prints_the_rayjob_and_what_is_wrong(plain, tmp_path, monkeypa
     shown = capsys.readouterr()
     assert ended.value.code == 2 and "--runs: ./runs: a folder of this machine, which pods don't have" in shown.err
     assert yaml.safe_load(shown.out)["kind"] == "RayJob" and not (tmp_path / "runs").exists()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--json"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert json.loads(capsys.readouterr().out) == yaml.safe_load(shown.out)
+
+
+def test_a_cluster_that_does_not_answer_is_one_fault_among_others(plain, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        target = f"http://127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(InputError, match="can't run on") as caught:
+            submit.submit(manifest_of(plain, data={"train": "nowhere"}), str(tmp_path / "runs"), target)
+    assert "data.train.0.dataset: dataset" in str(caught.value) and "no Ray answers at" in str(caught.value)
+    assert caught.value.status == 2 and not (tmp_path / "runs").exists()

@@ -1,6 +1,8 @@
 """The terminal page: bars that add up, sparklines that show what there is, a run from its storage alone."""
 
 import json
+import socket
+import subprocess
 import time
 
 import pytest
@@ -51,6 +53,17 @@ def test_the_page_says_how_it_stands(run_url):
     for part in ("seen", "done", "restarts 1 (killed 1)", "10/10", "frames-3", "6/6", "goodput 75.0% of 0m20s",
                  "recovery 25%", "PSNR dB", "21.5", "worker 1 killed"):  # fmt: skip
         assert part in text, text
+
+
+def test_a_run_that_fell_silent_says_since_when(run_url):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    event = {"time": time.time() - 65, "event": "launch", "attempt": 0, "host": socket.gethostname(), "pid": gone.pid}
+    storage.append_text(storage.join(run_url, "events.jsonl"), json.dumps(event) + "\n")
+    console = Console(width=80, record=True)
+    console.print(watch.Page(folder.load(run_url), run_url).render(80))
+    text = console.export_text()
+    assert "silent" in text and "last heard of 0m0" in text and "moviola resume seen goes on" in text
 
 
 def test_portions_add_up_and_sparklines_keep_what_stands_out():

@@ -13,7 +13,7 @@ import torch
 from pipelines.contracts import Batch, BatchPlan, ClipRule, Source
 from pipelines.loader import LoaderMetrics
 from trainer import loop, manifest
-from trainer.metrics import Histogram, RunMetrics
+from trainer.metrics import Histogram, RunMetrics, seconds_left
 from trainer.telemetry import CAUSES, Appender, Ledger, Telemetry, goodput, read_lines
 
 
@@ -179,6 +179,23 @@ def test_counters_go_on_where_the_attempt_before_left_them(run):
     assert shown['moviola_statistic{run="r",statistic="flow_pixels"}'] == 2
     assert shown['moviola_stage{run="r",stage="first-frame"}'] == 1
     assert shown['moviola_memory_bytes{kind="resident",rank="0",run="r"}'] > 1e7
+
+
+def test_time_left_counts_evaluations_and_not_another_attempt(run):
+    schedule = run[0].schedule
+    pixels = schedule.work(1)
+
+    def line(step, time, attempt=2, stage="first-frame"):
+        return {"step": step, "time": time, "attempt": attempt, "stage": stage, "seconds_per_pixel": 1 / pixels}
+
+    def left(*lines):
+        return seconds_left(schedule, lines) / (schedule.work(schedule.steps) - schedule.work(lines[-1]["step"] + 1))
+
+    assert left(line(0, 7.0)) == 1 / pixels, "one line has only its own pace"
+    assert left(line(0, 0.0), line(1, 2.0), line(2, 14.0)) == pytest.approx(7 / pixels)
+    assert left(line(0, 0.0, 1), line(0, 100.0), line(2, 104.0)) == pytest.approx(2 / pixels)
+    early = [line(0, 0.0, stage="before"), line(1, 50.0, stage="before")]
+    assert left(*early, line(2, 51.0), line(3, 52.0), line(4, 53.0)) == pytest.approx(1 / pixels)
 
 
 def test_a_rank_under_a_launcher_serves_its_own_gauges_alone(run):
