@@ -307,7 +307,7 @@ def _start_there(client: Any, run_url: str, job: str) -> None:
             shutil.copytree(source, Path(staged) / package, ignore=shutil.ignore_patterns("__pycache__"))
         try:
             client.submit_job(
-                entrypoint=shlex.join(["python", "-m", "cluster.job", run_url, "--launch", job]),
+                entrypoint=entrypoint(run_url, job),
                 submission_id=job,
                 runtime_env={"working_dir": staged, "env_vars": environment()},
                 metadata={"moviola-run-url": run_url},
@@ -315,6 +315,19 @@ def _start_there(client: Any, run_url: str, job: str) -> None:
         except (OSError, RuntimeError) as error:
             reason = storage.redact(str(error).strip().splitlines()[0][:300])
             raise InputError(f"the cluster refused the job: {reason}") from None
+
+
+def entrypoint(run_url: str, job: str) -> str:
+    """The shell command that drives a run on a Ray cluster: with the cluster's python, or the one of this path.
+
+    A cluster that was started as ``.venv/bin/ray start`` has another python in its PATH, or none.
+    """
+    has_all = shlex.quote("from importlib.util import find_spec as f; exit(not all(map(f, ('ray', 'torch'))))")
+    drive = shlex.join(["-m", "cluster.job", run_url, "--launch", job])
+    return (
+        f'for python in python {shlex.quote(sys.executable)}; do "$python" -c {has_all} 2>&- && exec "$python" {drive}'
+        "; done; echo 'no python here has ray and torch: install what moviola needs, and start Ray with it' >&2; exit 1"
+    )
 
 
 def refresh(run_url: str) -> runs.Status:

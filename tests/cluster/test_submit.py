@@ -2,6 +2,7 @@
 
 import json
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -136,6 +137,28 @@ def test_a_machine_sees_whether_storage_can_be_used(plain, tmp_path, small_datas
     faults = job._probe(str(tmp_path / "other"), [str(tmp_path / "none")], "a" * 40)["faults"]
     assert faults[0].startswith("the run's storage can't be read and written: ")
     assert faults[1].startswith("dataset ") and "can't be read" in faults[1]
+
+
+@pytest.mark.parametrize("first", ["the cluster's", "another", "none"])
+def test_the_driver_is_run_by_a_python_that_has_ray(tmp_path, monkeypatch, first):
+    """``python`` is the one with Ray, one without, or not there; the submitter's own is the next to be tried."""
+    (tmp_path / "bin").mkdir()
+    if first != "none":
+        does = "exit 1" if first == "another" else f'exec {sys.executable} "$@"'
+        (tmp_path / "bin/python").write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / "bin/python").chmod(0o755)
+    if first == "the cluster's":
+        monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    command = submit.entrypoint(str(tmp_path / "a run"), "job").replace("cluster.job", "cluster.nothing")
+    done = subprocess.run(
+        command, shell=True, capture_output=True, text=True, cwd=ROOT, env={"PATH": str(tmp_path / "bin")}
+    )
+    assert "No module named cluster.nothing" in done.stderr
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    if first != "the cluster's":
+        command = submit.entrypoint(str(tmp_path / "a run"), "job")
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, env={"PATH": str(tmp_path / "bin")})
+        assert done.returncode == 1 and "no python here has ray and torch" in done.stderr
 
 
 # -- a run that is elsewhere -----------------------------------------------------------------------------------------
