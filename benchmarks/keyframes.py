@@ -116,7 +116,7 @@ def rows(opened: run.Trained, footage_of: dict[str, list[Tensor]]) -> Iterator[s
     kind, config = type(opened.recipe), opened.recipe.config
 
     def codec(window: int, threshold: float | None) -> Codec:
-        overlap = min(config.overlap, window - 1)
+        overlap = min(config.overlap, window // 2)
         changed = config.model_copy(update={"window": window, "overlap": overlap, "new_keyframe": threshold})
         return Codec(kind(changed), opened.model)
 

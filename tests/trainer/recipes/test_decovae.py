@@ -430,7 +430,7 @@ def test_what_a_stage_asks_for_in_vain_is_named(name: str, change: dict[str, Any
     ("changes", "message"),
     [
         ({"window": 16}, "window is 16; a window has 1 + 4 k frames"),
-        ({"window": 5, "overlap": 5}, "overlap is 5; it must be less than window, 5"),
+        ({"window": 5, "overlap": 3}, "overlap is 3; it may be half of window, 2, at most"),
         ({"components": "concat", "keyframe": "single"}, "keyframe: single needs components: dedicated"),
         ({"components": "concat", "linear": "dct"}, "linear: dct is a transform of three channels"),
         ({"components": "none", "new_keyframe": 0.1}, "components: none has no residual"),
@@ -509,6 +509,42 @@ def test_a_new_keyframe_where_the_old_one_no_longer_serves() -> None:
     assert made.shape == x.shape
     still = list(recipe_of(window=9).encode(model, [x]))
     assert [int(c["frames"]) for c in still] == [9, 6]
+
+
+@pytest.mark.parametrize("overlap", [0, 1, 3])
+def test_a_new_keyframe_within_a_scene_is_blended_with_the_old_one(overlap: int) -> None:
+    x = footage(frames=24, drift=1, seed=3)
+    steps = [(x[:, :, t] - x[:, :, 0]).square().mean().sqrt() for t in range(24)]
+    recipe = recipe_of(window=17, overlap=overlap, new_keyframe=float(steps[4] + steps[5]) / 2)
+    model = recipe.build(0)
+    coded = list(recipe.encode(model, x.split(1, dim=2)))
+    assert len(coded) > 3 and all(int(c["frames"]) < 17 for c in coded)
+    shared = [int(c["shared"]) for c in coded]
+    assert shared[0] == 0 and all(min(1, overlap) <= count <= overlap for count in shared[1:])
+    assert sum(int(c["frames"]) - int(c["shared"]) for c in coded) == 24
+    chunks = list(recipe.decode(model, coded))
+    made = torch.cat(chunks, dim=2)
+    assert made.shape == x.shape
+    first, second = (model.decode({n: v for n, v in c.items() if n not in ("frames", "shared")})[0] for c in coded[:2])
+    border = int(coded[0]["frames"])
+    for i in range(shared[1]):
+        share, t = (i + 1) / (shared[1] + 1), border - shared[1] + i
+        expected = (1 - share) * first[:, :, t].clamp(-1, 1) + share * second[:, :, i].clamp(-1, 1)
+        assert torch.allclose(made[:, :, t], expected, atol=1e-6)
+
+
+def test_windows_of_few_new_frames_share_no_more_than_these() -> None:
+    torch.manual_seed(0)
+    x = footage(frames=40, drift=1, seed=3)
+    x[:, :, 20:] = -x[:, :, 20:]
+    for threshold in (0.02, 0.05, 0.1, 0.2, 0.4, 0.8):
+        for window, overlap in ((5, 2), (9, 3), (1, 0)):
+            recipe = recipe_of(window=window, overlap=overlap, new_keyframe=threshold)
+            model = recipe.build(0)
+            coded = list(recipe.encode(model, x.split(3, dim=2)))
+            assert all(int(c["shared"]) < int(c["frames"]) <= window for c in coded)
+            made = torch.cat(list(recipe.decode(model, coded)), dim=2)
+            assert made.shape == x.shape and made.isfinite().all()
 
 
 def test_sizes_that_do_not_divide_are_refused_with_the_multiple() -> None:

@@ -68,7 +68,7 @@ class DecoVaeConfig(_Part):
     )
     window: Annotated[int, Field(ge=1, le=257)] = Field(17, description="Most frames for one keyframe; 1 + 4 k.")
     overlap: Annotated[int, Field(ge=0, le=16)] = Field(
-        1, description="Frames of a long video that two windows share, blended; 0 where a new keyframe was needed."
+        1, description="Frames of a long video that two windows share, blended; none are shared across a cut."
     )
     new_keyframe: Annotated[float, Field(gt=0)] | None = Field(
         None,
@@ -86,8 +86,8 @@ class DecoVaeConfig(_Part):
     def _fits(self) -> DecoVaeConfig:
         if self.window % LATENT_STRIDE[0] != 1:
             raise ValueError(f"window is {self.window}; a window has 1 + 4 k frames, 17 for example")
-        if self.overlap >= self.window:
-            raise ValueError(f"overlap is {self.overlap}; it must be less than window, {self.window}")
+        if self.overlap > self.window // 2:
+            raise ValueError(f"overlap is {self.overlap}; it may be half of window, {self.window // 2}, at most")
         if self.components != "dedicated" and self.keyframe == "single":
             raise ValueError("keyframe: single needs components: dedicated; other latents hold all frames")
         if self.components == "none" and self.new_keyframe is not None:

@@ -143,9 +143,10 @@ class DecoVaeRecipe:
         for chunk_1CTHW in frames_1CTHW:
             for x_1CHW in chunk_1CTHW.unbind(2):
                 if held and self._leaves(model, held[0], x_1CHW):
+                    again = self._shared(model, held, shared, x_1CHW)
                     if len(held) > shared:
                         yield self._coded(model, held, shared)
-                    held, shared = [], 0
+                    held, shared = held[len(held) - again :], again
                 elif len(held) == window:
                     yield self._coded(model, held, shared)
                     held, shared = held[window - overlap :], overlap
@@ -159,6 +160,14 @@ class DecoVaeRecipe:
             return False
         residual = model.decouple(torch.stack((keyframe_1CHW, x_1CHW), dim=2)).residual_B3THW[:, :, 1]
         return float(residual.square().mean().sqrt()) > self.config.new_keyframe
+
+    def _shared(self, model: nn.Module, held: list[Tensor], shared: int, x_1CHW: Tensor) -> int:
+        """Frames that a new window shares with the one before, so that the scene goes on without a jump; 0 at a cut,
+        where none of these would serve ``x`` as a keyframe.
+        """
+        fresh = len(held) - shared or shared
+        candidates = range(min(self.config.overlap, fresh), 0, -1)
+        return next((count for count in candidates if not self._leaves(model, held[-count], x_1CHW)), 0)
 
     def _coded(self, model: nn.Module, held: list[Tensor], shared: int) -> Latent:
         x_1CTHW = _filled(torch.stack(held, dim=2))
@@ -182,8 +191,11 @@ class DecoVaeRecipe:
             x_1CTHW, _ = model.decode({n: value for n, value in latent.items() if n not in (FRAMES, SHARED)})
             x_1CTHW = x_1CTHW[:, :, :frames].clamp(-1, 1)
             if tail_1CTHW is not None and shared:
+                alone = tail_1CTHW.shape[2] - shared
+                if alone:
+                    yield tail_1CTHW[:, :, :alone]
                 share_T11 = (torch.arange(1, shared + 1, device=x_1CTHW.device) / (shared + 1)).view(-1, 1, 1)
-                yield torch.lerp(tail_1CTHW, x_1CTHW[:, :, :shared], share_T11)
+                yield torch.lerp(tail_1CTHW[:, :, alone:], x_1CTHW[:, :, :shared], share_T11)
                 x_1CTHW = x_1CTHW[:, :, shared:]
             elif tail_1CTHW is not None:
                 yield tail_1CTHW
