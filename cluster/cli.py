@@ -347,6 +347,9 @@ def evaluate(
     i3d_batch: Annotated[
         int | None, typer.Option(help="Also rFVD as LeanVAE and WF-VAE print it, for batches of so many clips.", min=1)
     ] = None,
+    entropy: Annotated[
+        bool, typer.Option("--entropy", help="Also Shannon entropy: of frames, of motion and residual, of latents.")
+    ] = False,
     runs: Runs = "./runs",
     as_json: Json = False,
 ) -> None:
@@ -364,13 +367,15 @@ def evaluate(
         report = examine.evaluate_checkpoint(
             url, dataset, run_url=run_url, frames=frames, count=clips,
             lpips={"backbone": lpips, "weights": lpips_weights},
-            fvd={"i3d": i3d, "per_batch": i3d_batch} if i3d else None,
+            fvd={"i3d": i3d, "per_batch": i3d_batch} if i3d else None, entropies=entropy,
             progress=lambda done: status.update(f"evaluating … {done} clips"), warn=_warn,
         )  # fmt: skip
     if as_json:
         out.print_json(report.json())
         return
     out.print(report.table())
+    for table in report.entropies.tables() if report.entropies else ():
+        out.print(table)
     err.print(f"{run_url}/evaluation.json, pictures in {run_url}/samples")
 
 

@@ -1,24 +1,31 @@
-"""Shannon entropy of frames and of their latents: how much there is to say, number by number (ARVAE's figure 1).
+"""Shannon entropy of frames, of what they are taken apart into, and of latents: how much there is to say, number by
+number (ARVAE's figure 1, which compares frames, low and high frequencies, and motion and supplement).
 
-A number is one of 256 levels between the least and the greatest value of its kind (for frames: black and white), and
-its entropy is that of the histogram of levels over all clips. Position and neighbours don't enter, so this is an upper
-bound on what a code without context spends; it is not the size of anything stored. The paper gives no definition of its
-own.
+The entropy of a kind of number is that of the histogram of its levels over all clips. Pixels, and differences of
+pixels, have the grey levels of 8 bits; latents have 256 levels between their least and greatest value. Position and
+neighbours don't enter, so this is an upper bound on what a code without context spends; it is not the size of anything
+stored. The paper gives no definition of its own, and none of its frequencies: here they are one step of a Haar
+transform in time, the mean of two neighbouring frames and their difference.
 
 Legend: C channels (3, RGB), T frames, H height, W width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 
-from trainer.recipe import CodecRecipe
+from pipelines.faults import InputError
+from trainer.recipe import CodecRecipe, Predicts
 
 LEVELS = 256
+GREY = 2 / (LEVELS - 1)
+"""A grey level of 8 bits, in pixels of [-1, 1]."""
 FINE = 2.0**-12
 """Width of the bins that are kept until the range is known."""
 WIDEST = 2.0**10
@@ -38,6 +45,41 @@ class Entropy:
     def bits_per_frame(self) -> float:
         """``bits`` times ``numbers_per_frame``."""
         return self.bits * self.numbers_per_frame
+
+
+@dataclass(frozen=True, slots=True)
+class Entropies:
+    """``kinds``: ``frames``, ``low`` and ``high`` frequencies, ``residual`` where the recipe predicts frames, and each
+    latent as ``latent NAME``. ``bits_per_frame``: of whole representations, each over the frames that it holds.
+    """
+
+    kinds: Mapping[str, Entropy]
+    bits_per_frame: Mapping[str, float]
+
+    def plain(self) -> dict[str, Any]:
+        """Plain data."""
+        keys = ("bits", "numbers_per_frame", "bits_per_frame", "least", "greatest")
+        kinds = {name: {key: getattr(entropy, key) for key in keys} for name, entropy in self.kinds.items()}
+        return {"kinds": kinds, "bits_per_frame": dict(self.bits_per_frame)}
+
+    def tables(self) -> tuple[Table, Table]:
+        """For a terminal: number by number, and whole representations beside the frames."""
+        kinds = Table(title="Shannon entropy, number by number")
+        kinds.add_column("")
+        for heading in ("bits a number", "numbers a frame", "bits a frame"):
+            kinds.add_column(heading, justify="right")
+        for name, entropy in self.kinds.items():
+            kinds.add_row(
+                name, f"{entropy.bits:.2f}", f"{entropy.numbers_per_frame:,.1f}", f"{entropy.bits_per_frame:,.0f}"
+            )
+        whole = Table(title="Whole representations")
+        whole.add_column("")
+        for heading in ("bits a frame", "of the frames'"):
+            whole.add_column(heading, justify="right")
+        for name, bits in self.bits_per_frame.items():
+            share = bits / self.bits_per_frame["frames"] if self.bits_per_frame["frames"] else 0.0
+            whole.add_row(name, f"{bits:,.0f}", f"{share:.2f}")
+        return kinds, whole
 
 
 class Histogram:
@@ -71,41 +113,53 @@ class Histogram:
         """Values counted."""
         return int(self._counts.sum())
 
-    def bits(self, least: float, greatest: float) -> float:
-        """Entropy in bits of the level, one of 256 between ``least`` and ``greatest``."""
-        if greatest <= least:
+    def bits(self, step: float | None = None, origin: float = 0.0) -> float:
+        """Entropy in bits of the level: ``origin`` and whole ``step``s from there, or 256 levels of the range."""
+        if step is None:
+            origin, greatest = self.range
+            step = (greatest - origin) / (LEVELS - 1)
+        if not step:
             return 0.0
         values = (torch.arange(len(self._counts), dtype=torch.float64) + self._first) * FINE
-        levels = ((values - least) / (greatest - least) * (LEVELS - 1)).round().long().clamp(0, LEVELS - 1)
-        share = torch.zeros(LEVELS, dtype=torch.float64).index_add(0, levels, self._counts.double()) / self.count
+        _, levels = ((values - origin) / step).round().unique(return_inverse=True)
+        share = torch.zeros(len(levels), dtype=torch.float64).index_add(0, levels, self._counts.double()) / self.count
         return float(-(share * share.clamp_min(1e-300).log2()).sum())
 
 
 @torch.no_grad()
-def measure(recipe: CodecRecipe, model: nn.Module, clips_1CTHW: Iterable[Tensor]) -> dict[str, Entropy]:
-    """Entropy of ``frames`` and of each latent by its name, over clips in [-1, 1] on the model's device.
-
-    Raises ValueError where there are no clips.
-    """
-    histograms: dict[str, Histogram] = {"frames": Histogram()}
-    frames = 0
+def measure(recipe: CodecRecipe, model: nn.Module, clips_1CTHW: Iterable[Tensor]) -> Entropies:
+    """Entropies over clips in [-1, 1] on the model's device. Raises InputError where there are no clips."""
+    histograms: dict[str, Histogram] = {"frames": Histogram(), "low": Histogram(), "high": Histogram()}
+    frames = paired = predicted = 0
     for pixels_1CTHW in clips_1CTHW:
         frames += pixels_1CTHW.shape[2]
         histograms["frames"].add(pixels_1CTHW)
+        pairs = pixels_1CTHW.shape[2] // 2
+        if pairs:
+            paired += 2 * pairs
+            one, two = pixels_1CTHW[:, :, : 2 * pairs].unflatten(2, (pairs, 2)).unbind(3)
+            histograms["low"].add((one + two) / 2)
+            histograms["high"].add(one - two)
+        if isinstance(recipe, Predicts) and (residual := recipe.residual(model, pixels_1CTHW)) is not None:
+            predicted += residual.shape[2]
+            histograms.setdefault("residual", Histogram()).add(residual)
         for latent in recipe.encode(model, [pixels_1CTHW]):
             for name, values in latent.items():
-                if name != "frames":
-                    histograms.setdefault(name, Histogram()).add(values)
+                if values.is_floating_point():
+                    histograms.setdefault(f"latent {name}", Histogram()).add(values)
     if not frames:
-        raise ValueError("there are no clips to measure")
-    found = {}
-    for name, histogram in histograms.items():
-        least, greatest = (-1.0, 1.0) if name == "frames" else histogram.range
-        found[name] = Entropy(histogram.bits(least, greatest), histogram.count / frames, least, greatest)
-    return found
-
-
-def json_of(entropies: dict[str, Entropy]) -> dict[str, dict[str, float]]:
-    """Plain data."""
-    keys = ("bits", "numbers_per_frame", "bits_per_frame", "least", "greatest")
-    return {name: {key: getattr(entropy, key) for key in keys} for name, entropy in entropies.items()}
+        raise InputError("There are no clips to measure. Is the held-back part of the dataset empty?")
+    levels = {"frames": (GREY, -1.0), "low": (GREY, -1.0), "high": (GREY, 0.0), "residual": (GREY, 0.0)}
+    kinds = {
+        name: Entropy(histogram.bits(*levels.get(name, ())), histogram.count / frames, *histogram.range)
+        for name, histogram in histograms.items()
+        if histogram.count
+    }
+    bits = {name: entropy.bits_per_frame for name, entropy in kinds.items()}
+    whole = {"frames": bits["frames"]}
+    if paired:
+        whole["low and high frequencies"] = (bits["low"] + bits["high"]) * frames / paired
+    if predicted and "latent motion" in bits:
+        whole["motion and residual"] = (bits["latent motion"] + bits["residual"]) * frames / predicted
+    whole["latents"] = sum(value for name, value in bits.items() if name.startswith("latent "))
+    return Entropies(kinds, whole)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pipelines.contracts import Batch, Clip, Source
 from pipelines.faults import InputError
+from trainer.entropy import Entropies
 from trainer.losses.perceptual import Perceptual
 from trainer.quality import Tally, VideoFeatures, gather_json, margin, measure
 from trainer.recipe import LatentSpec
@@ -85,10 +86,16 @@ class Report:
 
     ``values`` has ``clips``, ``psnr_db``, ``psnr_clip_db``, ``ssim``, ``lpips``, ``lpips_backbone``, ``flicker``,
     ``numbers_per_frame``, ``confidence``, ``by_frame``, ``by_motion``, ``per_clip``, ``not_finite``, ``rfvd`` where it
-    was measured, and ``baselines``: by name the same again, with ``size`` and ``margin``, the model's gain over it.
+    was measured, ``entropy`` where that was, and ``baselines``: by name the same again, with ``size`` and ``margin``,
+    the model's gain over it.
     """
 
     values: Mapping[str, Any]
+    entropies: Entropies | None = None
+
+    def with_entropies(self, entropies: Entropies) -> Report:
+        """The same evaluation, and the entropy of what it was made on."""
+        return Report({**self.values, "entropy": entropies.plain()}, entropies)
 
     def json(self) -> str:
         """Strict JSON (no NaN), floats in full precision."""

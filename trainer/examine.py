@@ -17,7 +17,7 @@ from pipelines import clips as cutting
 from pipelines import index, storage
 from pipelines.contracts import Clip, ClipRule, Source
 from pipelines.faults import InputError, Skip
-from trainer import checkpoint, pictures
+from trainer import checkpoint, entropy, pictures
 from trainer.codec import Codec
 from trainer.evaluate import Report, evaluate
 from trainer.losses.perceptual import Perceptual, PerceptualSpec
@@ -70,6 +70,7 @@ def evaluate_checkpoint(
     lpips: Mapping[str, Any] | None = None,
     fvd: Mapping[str, Any] | None = None,
     device: str = "cpu",
+    entropies: bool = False,
     progress: Callable[[int], None] | None = None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> Report:
@@ -77,16 +78,17 @@ def evaluate_checkpoint(
 
     With ``run_url`` the report becomes the run's ``evaluation.json`` and a few clips are drawn into ``samples/``.
     ``lpips`` are fields of PerceptualSpec; without them AlexNet with random weights, which needs no download and is
-    named in the report. ``fvd`` are fields of FvdSpec; without them there is no rFVD. Raises InputError where nothing
-    can be measured.
+    named in the report. ``fvd`` are fields of FvdSpec; without them there is no rFVD. With ``entropies`` the report has
+    what :func:`trainer.entropy.measure` finds. Raises InputError where nothing can be measured.
     """
     trained = open_model(url, ema=ema, warn=warn)
     recipe = codec_of(trained.recipe, storage.redact(url))
     rule, size = fixed_rule(trained.manifest, frames)
     dataset = index.open_dataset(dataset_url)
     spec = PerceptualSpec.model_validate(lpips or {"backbone": "alex", "weights": "random"})
+    codec = Codec(recipe, trained.model, device=device)
     report = evaluate(
-        Codec(recipe, trained.model, device=device).reconstruct,
+        codec.reconstruct,
         fixed_clips(dataset, rule, size, count),
         recipe.latent(rule.frames, *size),
         perceptual=Perceptual(spec).to(device),
@@ -94,6 +96,9 @@ def evaluate_checkpoint(
         device=device,
         progress=progress,
     )
+    if entropies:
+        seen = (clip.pixels_CTHW[None].to(device) for clip in fixed_clips(dataset, rule, size, count))
+        report = report.with_entropies(entropy.measure(codec.recipe, codec.model, seen))
     if run_url is not None:
         try:
             storage.write_bytes(storage.join(run_url, "evaluation.json"), report.json().encode())

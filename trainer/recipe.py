@@ -149,6 +149,18 @@ class CodecRecipe(Recipe, Protocol):
 
 
 @runtime_checkable
+class Predicts(Protocol):
+    """A recipe that predicts frames from others and codes what is left."""
+
+    def residual(self, model: nn.Module, pixels_BCTHW: Tensor) -> Tensor | None:
+        """What the prediction leaves, (B, 3, T', H, W) in pixels, for the T' frames that are predicted; None of none.
+
+        As it is before it is coded: prediction plus residual is the clip.
+        """
+        ...
+
+
+@runtime_checkable
 class LatentRecipe(Recipe, Protocol):
     """What trains on the latents that ``moviola encode --dataset`` stored, and makes new ones.
 

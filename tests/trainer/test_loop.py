@@ -309,8 +309,12 @@ def test_evaluating_on_the_way_changes_no_bit(runs: Runs, whole: Callable[[int],
     adds_up(runs, "evaluated")
     url = runs.url("evaluated")
     assert json.loads(Path(url, "evaluation.json").read_text())["psnr_db"] == found[1]["psnr_db"]
-    again = examine.evaluate_checkpoint(url, str(held_back), count=3).values
+    report = examine.evaluate_checkpoint(url, str(held_back), count=3, run_url=url, entropies=True)
+    again = report.values
     assert again["psnr_db"] == found[1]["psnr_db"], "the averaged weights, shared out over two ranks, by one process"
+    kept = json.loads(Path(url, "evaluation.json").read_text())["entropy"]
+    assert kept == again["entropy"] and 0 < kept["kinds"]["frames"]["bits"] < 8
+    assert [table.row_count for table in report.entropies.tables()] == [len(kept["kinds"]), 4]
     facts, tiles = pictures.read_sheet(Path(url, "samples/frames-00.png").read_bytes())
     assert facts["views"][:2] == ["original", "reconstruction"] and facts["views"][-1] == "error"
     assert tiles.size == (facts["columns"] * 32, len(facts["views"]) * 32)

@@ -152,6 +152,12 @@ class ArvaeRecipe:
             yield previous_B3HW[:, :, None].clamp(-1, 1)
 
     @torch.no_grad()
+    def residual(self, model: nn.Module, pixels_BCTHW: Tensor) -> Tensor | None:
+        """X_t less the warped X̂_{t-1}, of frames 2 to T: what the supplement stands for, in pixels."""
+        warped_B3THW = model(pixels_BCTHW).warped_B3THW
+        return None if warped_B3THW is None else pixels_BCTHW[:, :, 1:] - warped_B3THW.clamp(-1, 1)
+
+    @torch.no_grad()
     def pictures(self, model: nn.Module, pixels_BCTHW: Tensor) -> Mapping[str, Tensor]:
         """``reconstruction``, ``flow`` (hue is direction, white is none, as in the first frame) and ``warped``: the
         prediction from the previous reconstruction alone, the reconstruction itself for the first frame.

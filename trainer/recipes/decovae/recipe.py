@@ -207,6 +207,13 @@ class DecoVaeRecipe:
             yield tail_1CTHW
 
     @torch.no_grad()
+    def residual(self, model: nn.Module, pixels_BCTHW: Tensor) -> Tensor | None:
+        """r_t of frames 2 to T; None where nothing is decoupled."""
+        if self.config.components == "none" or pixels_BCTHW.shape[2] == 1:
+            return None
+        return model.decouple(pixels_BCTHW).residual_B3THW[:, :, 1:]
+
+    @torch.no_grad()
     def pictures(self, model: nn.Module, pixels_BCTHW: Tensor) -> Mapping[str, Tensor]:
         """``reconstruction``; ``flow`` and ``decoded flow`` (hue is direction, white is none); ``predicted``, the
         keyframe moved; ``residual`` and ``decoded residual``, at half their strength.
