@@ -398,16 +398,101 @@ def reconstruct(
 @app.command()
 def encode(
     checkpoint: CodecUrl,
-    video: Annotated[str, typer.Argument(help="Video of any length and size.")],
-    to: Annotated[str, typer.Argument(metavar="OUT.safetensors", help="Where the latents go.")],
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="VIDEO OUT.safetensors | --dataset DATASET DEST",
+            help="A video of any length and size, and where its latents go; with --dataset, only where they go.",
+            show_default=False,
+        ),
+    ],
+    dataset: Annotated[
+        str | None, typer.Option(help="Encode every clip of a dataset, to a dataset of latents. Run again to go on.")
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Of a dataset: frames of a sample; by default the codec's last stage's.", min=1)
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Of a dataset: pixels; by default the codec's last stage's.")
+    ] = None,
     runs: Runs = "./runs",
     as_json: Json = False,
 ) -> None:
-    """Encode a video to latents, frame by frame."""
+    """Encode a video to latents, frame by frame; or a dataset, to train a latent diffusion model on."""
     from trainer import codec as codecs
 
-    codec = codecs.load(_checkpoint(checkpoint, runs)[0], warn=_warn)
-    _coded(lambda show: codecs.encode_file(codec, video, to, show), to, as_json)
+    url = _checkpoint(checkpoint, runs)[0]
+    if dataset is None:
+        if frames or size:
+            raise InputError("--frames and --size belong to --dataset; a video is encoded as it is", status=2)
+        if len(paths) != 2:
+            raise InputError(
+                f"encode CHECKPOINT VIDEO OUT.safetensors takes two paths; here are {len(paths)}", status=2
+            )
+        codec = codecs.load(url, warn=_warn)
+        _coded(lambda show: codecs.encode_file(codec, paths[0], paths[1], show), paths[1], as_json)
+        return
+    if len(paths) != 1:
+        raise InputError(f"encode CHECKPOINT --dataset DATASET DEST takes one path; here are {len(paths)}", status=2)
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from trainer import encoding
+
+    window = encoding.window(url, frames, size)
+    codec = codecs.load(url, device=codecs.fastest(), warn=_warn)
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
+        task = progress.add_task("encoding", total=None)
+
+        def show(state: encoding.Progress) -> None:
+            text = f"{state.samples} samples, {state.skipped} clips skipped"
+            progress.update(task, total=state.clips, completed=state.done, description=text)
+
+        summary = encoding.encode_dataset(codec, dataset, paths[0], *window, progress=show)
+    if as_json:
+        out.print_json(data=dataclasses.asdict(summary))
+    else:
+        out.print(summary.text())
+
+
+@app.command()
+def sample(
+    checkpoint: CheckpointUrl,
+    to: Annotated[str, typer.Argument(metavar="OUT.mp4|DIR", help="An mp4, or a folder for several.")],
+    codec: Annotated[str, typer.Option(help="Checkpoint, run or export that decodes the latents.")],
+    count: Annotated[int, typer.Option(help="Samples.", min=1)] = 1,
+    seed: Annotated[int, typer.Option(help="Sample n is a function of the weights, this seed and n.", min=0)] = 0,
+    caption: Annotated[
+        str | None, typer.Option(metavar="TEXT|FILE.npy", help="A caption, or its stored embedding; a class's name.")
+    ] = None,
+    text_encoder: Annotated[
+        str | None, typer.Option(help="T5 encoder of the caption; by default the one of the latents' captions.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the sampler; by default the model's.", min=1)] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Weight of the caption; 1 is none. By default the model's.", min=0)
+    ] = None,
+    runs: Runs = "./runs",
+    as_json: Json = False,
+) -> None:
+    """Draw videos from a latent diffusion model: its samples, decoded by the codec that its latents came from."""
+    from trainer import codec as codecs
+    from trainer import sampling
+
+    device = codecs.fastest()
+    model = sampling.load(_checkpoint(checkpoint, runs)[0], device=device, warn=_warn)
+    decoder = codecs.load(_checkpoint(codec, runs)[0], device=device, warn=_warn)
+    with err.status("sampling …") as status:
+        made = sampling.draw(
+            model, decoder, to, count=count, seed=seed, steps=steps, guidance=guidance,
+            caption_emb_1LD=sampling.caption(model, caption, text_encoder) if caption is not None else None,
+            progress=lambda done: status.update(f"{done} of {count} samples"), warn=_warn,
+        )  # fmt: skip
+    if as_json:
+        out.print_json(data={"videos": made})
+        return
+    for url in made:
+        err.print(storage.redact(url))
 
 
 @app.command()

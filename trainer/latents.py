@@ -9,11 +9,13 @@ Legend: none; shapes are the recipes'.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,27 +34,41 @@ def save(url: str, latents: Iterable[Latent], metadata: Callable[[], Mapping[str
 
     ``metadata`` is asked once the stream has ended. Raises InputError where the file can't be written.
     """
-    header: dict[str, object] = {}
-    steps = end = 0
     with tempfile.TemporaryFile() as spool:
-        for steps, latent in enumerate(latents, start=1):
-            for name, tensor in sorted(latent.items()):
-                data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-                begin, end = end, end + len(data)
-                header[f"{steps - 1:08d}.{name}"] = {
-                    "dtype": DTYPES[tensor.dtype],
-                    "shape": list(tensor.shape),
-                    "data_offsets": [begin, end],
-                }
-                spool.write(data)
-        text = json.dumps({"__metadata__": {"format": FORMAT, **metadata()}, **header}).encode()
-        text += b" " * (-len(text) % 8)
-        spool.seek(0)
+        steps, head = _spooled(latents, metadata, spool)
         with storage.writer(url) as file:
-            file.write(len(text).to_bytes(8, "little"))
-            file.write(text)
+            file.write(head)
             shutil.copyfileobj(spool, file, COPY_BYTES)
     return steps
+
+
+def packed(latents: Iterable[Latent], metadata: Mapping[str, str]) -> bytes:
+    """The same file as bytes, which are the same for the same latents."""
+    spool = io.BytesIO()
+    _, head = _spooled(latents, lambda: metadata, spool)
+    return head + spool.read()
+
+
+def _spooled(
+    latents: Iterable[Latent], metadata: Callable[[], Mapping[str, str]], spool: IO[bytes]
+) -> tuple[int, bytes]:
+    """Steps and header of the file whose tensors it writes to ``spool``, which is left at its start."""
+    header: dict[str, object] = {}
+    steps = end = 0
+    for steps, latent in enumerate(latents, start=1):
+        for name, tensor in sorted(latent.items()):
+            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            begin, end = end, end + len(data)
+            header[f"{steps - 1:08d}.{name}"] = {
+                "dtype": DTYPES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [begin, end],
+            }
+            spool.write(data)
+    text = json.dumps({"__metadata__": {"format": FORMAT, **metadata()}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    spool.seek(0)
+    return steps, len(text).to_bytes(8, "little") + text
 
 
 @contextlib.contextmanager

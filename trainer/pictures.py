@@ -31,6 +31,8 @@ SHEET_WIDTH = 8192
 """Widest sheet of frames, in pixels: what every browser and encoder takes."""
 VIDEO_CLOCK = 90_000
 """Ticks a second of the mp4's time stamps, so that clips of different frame rates each play at their own."""
+CONTACTS = 32
+"""Samples that a picture of all shows at most."""
 ERROR_COLOURS = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
 # Hues of the flow wheel with the number of steps to the next one, from Baker et al., IJCV 2011, section 5.1.
 WHEEL = (
@@ -175,6 +177,25 @@ def grid(clip: Views, path: str | Path, *, columns: int = 8, panel: int = 160) -
         if name in LEGENDS:
             legend = Image.fromarray(LEGENDS[name]())
             canvas.paste(legend, (left - 12 - legend.width, y + panel_h // 2 + 12 * len(names[name]) + 4))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(path)
+    return path
+
+
+def contact(clips_3THW: Sequence[Tensor], path: str | Path, *, columns: int = 8, panel: int = 128) -> Path:
+    """Writes a PNG: a row a clip (3, T, H, W) in [-1, 1], at most ``columns`` frames of it, evenly spread."""
+    frames, height, width = clips_3THW[0].shape[1:]
+    count, gap = min(columns, frames), 6
+    panel_h, panel_w = _panel_size(height, width, panel, 2 * panel)
+    canvas = Image.new("RGB", (count * (panel_w + gap) + gap, len(clips_3THW) * (panel_h + gap) + gap), PAPER)
+    for row, clip_3THW in enumerate(clips_3THW):
+        frames_THW3 = _bytes(clip_3THW)
+        for k in range(count):
+            frame_HW3 = frames_THW3[round(k * (frames - 1) / max(1, count - 1))]
+            canvas.paste(
+                _sized(frame_HW3, (panel_h, panel_w)), (gap + k * (panel_w + gap), gap + row * (panel_h + gap))
+            )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path)

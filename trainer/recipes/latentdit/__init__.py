@@ -1,0 +1,1 @@
+"""A latent diffusion model over the stored latents of any codec."""
