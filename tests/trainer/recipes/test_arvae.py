@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipelines.contracts import Batch, BatchPlan, ClipRule, Source, generator
@@ -424,6 +425,39 @@ def test_an_image_autoencoder_is_loaded_frozen_and_used_as_it_is(flux_like):
     assert recipe.parts(model)["(first_frame)"] == sum(p.numel() for p in net.parameters())
     coded = torch.cat(list(recipe.decode(model, recipe.encode(model, [x]))), dim=2)
     assert torch.equal(coded, model(x).pixels_B3THW.detach().clamp(-1, 1))
+
+
+def rewritten(path: Path, change) -> None:
+    weights = load_file(path / "vae" / "diffusion_pytorch_model.safetensors")
+    change(weights)
+    save_file(weights, path / "vae" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("decoder.conv_in.weight"), r"weights lack decoder\.conv_in\.weight \(1 in all\)"),
+        (lambda w: w.update(stray=torch.zeros(1)), r"weights do not belong to it: stray \(1 in all\)"),
+        (
+            lambda w: w.update({"decoder.conv_in.weight": torch.zeros(16, 4, 3, 3)}),
+            r"size mismatch for decoder\.conv_in",
+        ),
+    ],
+)
+def test_weights_of_another_autoencoder_are_refused(flux_like, change, message):
+    path, _ = flux_like
+    rewritten(path, change)
+    recipe = recipe_of(first_frame={"kind": "diffusers", "source": str(path), "subfolder": "vae"})
+    with pytest.raises(InputError, match=f"can't be loaded as an AutoencoderKL: .*{message}"):
+        recipe.build(0)
+
+
+def test_a_model_that_is_no_autoencoder_is_refused(flux_like):
+    path, _ = flux_like
+    (path / "vae" / "config.json").write_text('{"_class_name": "UNet2DConditionModel", "block_out_channels": [8]}')
+    recipe = recipe_of(first_frame={"kind": "diffusers", "source": str(path), "subfolder": "vae"})
+    with pytest.raises(InputError, match=r"its config\.json is of UNet2DConditionModel"):
+        recipe.latent(2, 32, 32)
 
 
 def test_an_image_autoencoder_that_is_not_there_is_named(tmp_path):

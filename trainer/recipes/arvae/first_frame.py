@@ -83,7 +83,11 @@ class DiffusersAutoencoder(nn.Module):
     def __init__(self, spec: DiffusersFirstFrame) -> None:
         super().__init__()
         self.down, self.channels = layout(spec)
-        self.net = _ask(spec, "from_pretrained", torch_dtype=torch.float32, use_safetensors=True)
+        options = {"torch_dtype": torch.float32, "use_safetensors": True, "low_cpu_mem_usage": False}
+        self.net, found = _ask(spec, "from_pretrained", output_loading_info=True, **options)
+        for fault, names in (("lack", found["missing_keys"]), ("do not belong to it:", found["unexpected_keys"])):
+            if names:
+                raise _unusable(spec, f"its weights {fault} {', '.join(sorted(names)[:3])} ({len(names)} in all)")
         self.net.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> DiffusersAutoencoder:
@@ -107,11 +111,13 @@ def build(spec: FirstFrameSpec) -> nn.Module:
 
 
 def layout(spec: FirstFrameSpec) -> tuple[int, int]:
-    """(down, channels) of the latent, without building anything."""
+    """(down, channels) of the latent, without building anything; raises InputError as :func:`build`."""
     if isinstance(spec, OwnFirstFrame):
         return spec.down, spec.channels
     if isinstance(spec, DiffusersFirstFrame):
         config = _ask(spec, "load_config")
+        if not {"block_out_channels", "latent_channels"} <= config.keys():
+            raise _unusable(spec, f"its config.json is of {config.get('_class_name', 'something else')}")
         return 2 ** (len(config["block_out_channels"]) - 1), config["latent_channels"]
     return PlainFrame.down, PlainFrame.channels
 
@@ -130,10 +136,14 @@ def _ask(spec: DiffusersFirstFrame, method: str, **options: Any) -> Any:
         return getattr(AutoencoderKL, method)(
             spec.source, subfolder=spec.subfolder or None, revision=spec.revision, **options
         )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(
-            f"model.first_frame: source {spec.source!r}, subfolder {spec.subfolder!r} can't be loaded as an "
-            f"AutoencoderKL: {reason}. Give a folder that `save_pretrained` wrote or a hub name that you may read, or "
-            "choose kind: own."
-        ) from None
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        lines = str(error).strip().split("\n")
+        raise _unusable(spec, " ".join(line.strip() for line in lines[:2]).rstrip(".")) from None
+
+
+def _unusable(spec: DiffusersFirstFrame, reason: str) -> InputError:
+    return InputError(
+        f"model.first_frame: source {spec.source!r}, subfolder {spec.subfolder!r} can't be loaded as an "
+        f"AutoencoderKL: {reason}. Give a folder that `save_pretrained` wrote or a hub name that you may read, or "
+        "choose kind: own."
+    )
