@@ -3,7 +3,7 @@
     python -m benchmarks.ablations RECIPE VIDEOS [--seeds 3] [--work ablation_data] [--results FOLDER]
 
 Each variant is a manifest's worth of changes to one small configuration, trained by ``python -m trainer`` in a process
-of one thread (two at a time), once a seed, and measured on held-back clips of videos that it never saw. Finished runs
+of one thread, once a seed, and measured on held-back clips of videos that it never saw. Finished runs
 are kept: the same command goes on where it was stopped. What is compared is the direction and size of a difference,
 never its level: size, data and steps are a thousandth of the paper's.
 """
@@ -35,6 +35,9 @@ from trainer.codec import Codec
 from trainer.evaluate import evaluate
 from trainer.losses import Perceptual, PerceptualSpec
 
+CLIPS = 12
+"""Held-back clips that are measured, spread over all."""
+
 
 def trained(paper: Paper, variant: Variant, seed: int, work: Path) -> str:
     """Trains one variant from one seed, unless that is done; the run's URL."""
@@ -62,7 +65,7 @@ def measured(run_url: str, step: int, frames: int, perceptual: Perceptual) -> di
         stored = opened.manifest
         size = stored.schedule.stages[-1].clip.sizes[0]
         rule = ClipRule(frames=frames, sizes=(size,), crop="center", flip=0.0)
-        clips = list(examine.fixed_clips(index.open_dataset(stored.data.eval), rule, size, None))
+        clips = list(examine.fixed_clips(index.open_dataset(stored.data.eval), rule, size, CLIPS))
         latent = opened.recipe.latent(frames, *size)
         codec = Codec(opened.recipe, opened.model)
         values = evaluate(codec.reconstruct, clips, latent, perceptual=perceptual).values
@@ -115,13 +118,14 @@ def main() -> int:
     parser.add_argument("videos", help="folder of videos")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--work", default="ablation_data", type=Path)
+    parser.add_argument("--jobs", type=int, default=2, help="runs that train at a time")
     parser.add_argument("--results", default=ROOT / "benchmarks" / "results", type=Path)
     options = parser.parse_args()
     paper = papers.load(options.recipe)
     work = options.work.resolve() / options.recipe
     print(pack.pack(options.videos, work, pack.load_rules(str(RULES), paper.rules)).text(), file=sys.stderr)
     jobs = [(variant, seed) for seed in range(options.seeds) for variant in paper.variants]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(options.jobs) as pool:
         urls = list(pool.map(lambda job: trained(paper, *job, work), jobs))
     runs: dict[str, list[str]] = {}
     for (variant, _), url in zip(jobs, urls, strict=True):

@@ -7,6 +7,9 @@ the videos that the run held back it makes streams of 72 frames at 12 frames/s: 
 frames another video begins); and panned (a window that slides over the frame, two pixels a frame). Each is coded with
 windows of a fixed length, and with a new keyframe where the residual asks for one; no weights differ. A gain is what
 the second has over the first at its own number of latent numbers, on the line that joins two fixed lengths.
+
+Seams are looked for in the change of the error from a frame to the next, which a reconstruction that jumps where its
+footage does not has at the borders of its windows: there beside everywhere else.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ import datetime
 import os
 import platform
 import random
+import statistics
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,11 +33,13 @@ from benchmarks.learning import ROOT, hardware
 from pipelines import index
 from trainer import footage, run
 from trainer.codec import Codec
+from trainer.recipe import Latent
 
 FRAMES, FPS, PAN = 72, 12, 2
 FIXED = (1, 5, 9, 17, 33)
 LONGEST, THRESHOLDS = 33, (0.15, 0.25, 0.4)
 SEGMENT = (6, 20)
+OVERLAPS = (0, 1, 4)
 
 
 def held_back(dataset: index.Dataset, videos: Path) -> list[Path]:
@@ -92,31 +99,64 @@ def streams(videos: list[Path], side: int) -> dict[str, list[Tensor]]:
     return {"as they are": still, "cuts": cuts, "pans": [panned(x, side) for x in wide]}
 
 
-def coded(codec: Codec, clips: list[Tensor]) -> tuple[float, float]:
-    """Latent numbers a frame, and PSNR, the mean over frames."""
+@dataclass(frozen=True)
+class Coded:
+    """Latent numbers a frame, PSNR (mean over frames), and the change of the error from a frame to the next, in grey
+    levels of 255 (root mean square over a frame, mean over frames): ``within`` windows, and at their ``borders``.
+    """
+
+    numbers: float
+    psnr_db: float
+    within: float
+    borders: float
+
+
+def coded(codec: Codec, clips: list[Tensor]) -> Coded:
     numbers, errors = 0, []
+    within: list[float] = []
+    borders: list[float] = []
     for x_1CTHW in clips:
         latents = list(codec.encode(x_1CTHW))
         numbers += sum(t.numel() for latent in latents for t in latent.values() if t.is_floating_point())
-        made = torch.cat(list(codec.decode(latents, x_1CTHW.shape[-2:])), dim=2)
-        errors.append(((made - x_1CTHW) / 2).square().mean((0, 1, 3, 4)))
+        error_1CTHW = torch.cat(list(codec.decode(latents, x_1CTHW.shape[-2:])), dim=2) - x_1CTHW
+        errors.append((error_1CTHW / 2).square().mean((0, 1, 3, 4)))
+        jumps = 127.5 * error_1CTHW.diff(dim=2).square().mean((0, 1, 3, 4)).sqrt()
+        seams = seams_of(latents)
+        for t, jump in enumerate(jumps.tolist(), start=1):
+            (borders if t in seams else within).append(jump)
     frames = torch.cat(errors)
-    return numbers / len(frames), float((-10 * frames.clamp_min(1e-10).log10()).mean())
+    psnr_db = float((-10 * frames.clamp_min(1e-10).log10()).mean())
+    return Coded(numbers / len(frames), psnr_db, mean(within), mean(borders))
 
 
-def at_budget(curve: list[tuple[float, float]], numbers: float) -> float | None:
+def mean(values: list[float]) -> float:
+    return statistics.mean(values) if values else float("nan")
+
+
+def seams_of(latents: list[Latent]) -> set[int]:
+    """Frames t before which another window's share begins, grows or ends."""
+    found: set[int] = set()
+    end = 0
+    for latent in latents:
+        begin, shared = end - int(latent["shared"]), int(latent["shared"])
+        found |= set(range(begin, begin + shared + 1)) - {0}
+        end = begin + int(latent["frames"])
+    return found
+
+
+def at_budget(curve: list[Coded], numbers: float) -> float | None:
     """PSNR of the fixed lengths at a budget, on the line between two of them; None beyond them."""
-    for (a, low), (b, high) in pairwise(sorted(curve)):
-        if a <= numbers <= b:
-            return low + (high - low) * (numbers - a) / (b - a)
+    for a, b in pairwise(sorted(curve, key=lambda point: point.numbers)):
+        if a.numbers <= numbers <= b.numbers:
+            return a.psnr_db + (b.psnr_db - a.psnr_db) * (numbers - a.numbers) / (b.numbers - a.numbers)
     return None
 
 
 def rows(opened: run.Trained, footage_of: dict[str, list[Tensor]]) -> Iterator[str]:
     kind, config = type(opened.recipe), opened.recipe.config
 
-    def codec(window: int, threshold: float | None) -> Codec:
-        overlap = min(config.overlap, window // 2)
+    def codec(window: int, threshold: float | None, most: int = config.overlap) -> Codec:
+        overlap = min(most, window // 2)
         changed = config.model_copy(update={"window": window, "overlap": overlap, "new_keyframe": threshold})
         return Codec(kind(changed), opened.model)
 
@@ -126,14 +166,25 @@ def rows(opened: run.Trained, footage_of: dict[str, list[Tensor]]) -> Iterator[s
         yield from ("| windows | numbers a frame | PSNR dB | fixed at that budget | gain dB |",
                     "| --- | ---: | ---: | ---: | ---: |")  # fmt: skip
         curve = [coded(codec(window, None), clips) for window in FIXED]
-        for window, (numbers, psnr) in zip(FIXED, curve, strict=True):
-            yield f"| fixed, {window} | {numbers:.0f} | {psnr:.2f} | | |"
+        for window, point in zip(FIXED, curve, strict=True):
+            yield f"| fixed, {window} | {point.numbers:.0f} | {point.psnr_db:.2f} | | |"
         for threshold in THRESHOLDS:
-            numbers, psnr = coded(codec(LONGEST, threshold), clips)
-            same = at_budget(curve, numbers)
-            gain = ("-", "-") if same is None else (f"{same:.2f}", f"{psnr - same:+.2f}")
+            point = coded(codec(LONGEST, threshold), clips)
+            same = at_budget(curve, point.numbers)
+            gain = ("-", "-") if same is None else (f"{same:.2f}", f"{point.psnr_db - same:+.2f}")
             title = f"new keyframe beyond {threshold}, {LONGEST} at most"
-            yield f"| {title} | {numbers:.0f} | {psnr:.2f} | {' | '.join(gain)} |"
+            yield f"| {title} | {point.numbers:.0f} | {point.psnr_db:.2f} | {' | '.join(gain)} |"
+    yield from ("", "## Seams", "")
+    yield from ("| footage, windows | frames shared | numbers a frame | PSNR dB | change of the error within windows | "
+                "at their borders |", "| --- | ---: | ---: | ---: | ---: | ---: |")  # fmt: skip
+    for name, window, threshold in (("as they are", 17, None), ("pans", 17, None), ("pans", LONGEST, THRESHOLDS[0])):
+        title = f"{name}, {window}" + (f" at most, new keyframe beyond {threshold}" if threshold else "")
+        for overlap in OVERLAPS:
+            point = coded(codec(window, threshold, overlap), footage_of[name])
+            yield (
+                f"| {title} | {overlap} | {point.numbers:.0f} | {point.psnr_db:.2f} | {point.within:.2f} | "
+                f"{point.borders:.2f} |"
+            )
 
 
 def main() -> int:

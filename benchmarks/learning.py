@@ -3,8 +3,9 @@
     python -m benchmarks.learning VIDEOS [--recipe RECIPE] [--work learning_data] [--results benchmarks/results]
 
 Packs the folder of videos (an eighth held back, by source video), trains ``manifests/RECIPE_small.yaml`` on two
-processes of one thread each, measures every checkpoint and the untrained model on the held-back clips beside baselines
-of the same latent budget, and writes a table, a curve and pictures. A run that was stopped goes on where it was.
+processes of one thread each (``--processes``), measures every checkpoint and the untrained model on the held-back clips
+beside baselines of the same latent budget, and writes a table, a curve and pictures. A run that was stopped goes on
+where it was.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import datetime
 import os
 import platform
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -47,6 +49,7 @@ def main() -> int:
     parser.add_argument("--work", default="learning_data", type=Path, help="where shards and the run go")
     parser.add_argument("--results", default=ROOT / "benchmarks" / "results", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="sets")
+    parser.add_argument("--processes", default=2, type=int, help="that train, of one thread each")
     parser.add_argument("--name", help="of the run; RECIPE-small by default")
     options = parser.parse_args()
     work = options.work / options.recipe
@@ -54,7 +57,7 @@ def main() -> int:
     print(pack.pack(options.videos, work, rules).text(), flush=True)
     sets = [f"data.train={work}/train", f"data.eval={work}/eval", *options.sets]
     name = options.name or f"{options.recipe}-small"
-    status = train(ROOT / "manifests" / f"{options.recipe}_small.yaml", sets, work / "runs", name)
+    status = train(ROOT / "manifests" / f"{options.recipe}_small.yaml", sets, work / "runs", name, options.processes)
     if status:
         print("stopped, with a checkpoint: the same command goes on" if status == STOPPED else "training failed")
         return status
@@ -62,13 +65,17 @@ def main() -> int:
     return 0
 
 
-def train(source: Path, sets: list[str], runs: Path, name: str) -> int:
+def train(source: Path, sets: list[str], runs: Path, name: str, processes: int) -> int:
     arguments = [str(source), "--runs", str(runs), "--name", name]
     for change in sets:
         arguments += ["--set", change]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "trainer"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     before = children_cpu_seconds()
-    status = subprocess.run([*launcher, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT).returncode
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*launcher, "-m", "trainer", *arguments], env=environment, cwd=ROOT)
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    status = process.wait()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if (runs / name).is_dir():
         with (runs / name / CPU_SECONDS).open("a") as file:
             file.write(f"{children_cpu_seconds() - before:.1f}\n")
@@ -155,8 +162,8 @@ def text(
         f"from {len({clip.source.key.rsplit('-', 1)[0] for clip in clips})} videos that were never trained on.",
         "",
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, float32, "
-        f"two processes of one thread: {spent[1] / 60:.0f} CPU minutes for both, {spent[0] / 60:.0f} minutes by the "
-        "run's ledger (more than half of the CPU minutes where the machine had other work).",
+        f"processes of one thread: {spent[1] / 60:.0f} CPU minutes of training in all, half of that on two idle "
+        f"cores; {spent[0] / 60:.0f} minutes by the run's ledger, of a machine that may have had other work.",
         "",
         "| | numbers a frame | PSNR dB | SSIM | PSNR dB by motion: least, middle, most |",
         "| --- | ---: | ---: | ---: | ---: |",
