@@ -65,10 +65,9 @@ def measured(run_url: str, step: int, frames: int, perceptual: Perceptual) -> di
         stored = opened.manifest
         size = stored.schedule.stages[-1].clip.sizes[0]
         rule = ClipRule(frames=frames, sizes=(size,), crop="center", flip=0.0)
-        clips = list(examine.fixed_clips(index.open_dataset(stored.data.eval), rule, size, CLIPS))
-        latent = opened.recipe.latent(frames, *size)
+        clips = list(examine.FixedClips(index.open_dataset(stored.data.eval), rule, size, CLIPS))
         codec = Codec(opened.recipe, opened.model)
-        values = evaluate(codec.reconstruct, clips, latent, perceptual=perceptual).values
+        values = evaluate(codec.round_trip, clips, perceptual=perceptual).values
         kept.write_text(json.dumps({name: values[name] for name in ("psnr_db", "ssim", "clips")}))
     return json.loads(kept.read_text())
 

@@ -88,10 +88,8 @@ def children_cpu_seconds() -> float:
 
 
 def measured(trained: Trained, clips: list[Any], perceptual: Perceptual) -> Mapping[str, Any]:
-    frames, *size = clips[0].pixels_CTHW.shape[1:]
-    latent = trained.recipe.latent(frames, *size)
     codec = Codec(trained.recipe, trained.model)
-    return evaluate(codec.reconstruct, clips, latent, perceptual=perceptual).values
+    return evaluate(codec.round_trip, clips, perceptual=perceptual).values
 
 
 def report(run_url: str, results: Path) -> None:
@@ -99,7 +97,7 @@ def report(run_url: str, results: Path) -> None:
     stored = run.load(run_url)
     last = stored.schedule.stages[-1].clip
     rule = ClipRule(frames=last.frames, sizes=last.sizes, crop="center", flip=0.0)
-    clips = list(examine.fixed_clips(index.open_dataset(stored.data.eval), rule, last.sizes[0], None))
+    clips = list(examine.FixedClips(index.open_dataset(stored.data.eval), rule, last.sizes[0], None))
     perceptual = Perceptual(PerceptualSpec(backbone="alex", weights="random"))
     model = stored.loaded_recipe.build(stored.seed).eval()
     trained = Trained(stored, stored.loaded_recipe, model, run_url)

@@ -41,6 +41,12 @@ Runs = Annotated[str, typer.Option("--runs", envvar="MOVIOLA_RUNS", help="Folder
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change any field, e.g. optimizer.lr=1e-4.")
 ]
+ModelSets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="FIELD=VALUE", help="Change what changes no weights, e.g. model.length.by=psnr (One-DVA)."
+    ),
+]
 Name = Annotated[str | None, typer.Option("--name", help="Name of the run, in place of the manifest's.")]
 Cluster = Annotated[
     str, typer.Option("--cluster", metavar="CLUSTER", help="local, http://HOST:8265 (Ray's dashboard) or kubernetes.")
@@ -350,6 +356,7 @@ def evaluate(
     entropy: Annotated[
         bool, typer.Option("--entropy", help="Also Shannon entropy: of frames, of motion and residual, of latents.")
     ] = False,
+    sets: ModelSets = None,
     runs: Runs = "./runs",
     as_json: Json = False,
 ) -> None:
@@ -365,7 +372,7 @@ def evaluate(
         raise InputError(f"{checkpoint}: the run's manifest has no data.eval; name a dataset", status=2)
     with err.status("evaluating …") as status:
         report = examine.evaluate_checkpoint(
-            url, dataset, run_url=run_url, frames=frames, count=clips,
+            url, dataset, run_url=run_url, frames=frames, count=clips, sets=sets or (),
             lpips={"backbone": lpips, "weights": lpips_weights},
             fvd={"i3d": i3d, "per_batch": i3d_batch} if i3d else None, entropies=entropy,
             progress=lambda done: status.update(f"evaluating … {done} clips"), warn=_warn,
@@ -385,13 +392,14 @@ def reconstruct(
     video: Annotated[str, typer.Argument(help="Video of any length and size.")],
     to: Annotated[str, typer.Argument(metavar="OUT.mp4", help="Where the mp4 goes.")],
     alone: Annotated[bool, typer.Option("--alone", help="The reconstruction alone, not beside the original.")] = False,
+    sets: ModelSets = None,
     runs: Runs = "./runs",
     as_json: Json = False,
 ) -> None:
     """Encode and decode a video of any length in constant memory; an mp4 with the original on the left."""
     from trainer import codec as codecs
 
-    codec = codecs.load(_checkpoint(checkpoint, runs)[0], warn=_warn)
+    codec = codecs.load(_checkpoint(checkpoint, runs)[0], sets=sets or (), warn=_warn)
     _coded(lambda show: codecs.reconstruct_file(codec, video, to, beside=not alone, progress=show), to, as_json)
 
 
@@ -415,6 +423,7 @@ def encode(
     size: Annotated[
         str | None, typer.Option(metavar="HxW", help="Of a dataset: pixels; by default the codec's last stage's.")
     ] = None,
+    sets: ModelSets = None,
     runs: Runs = "./runs",
     as_json: Json = False,
 ) -> None:
@@ -429,7 +438,7 @@ def encode(
             raise InputError(
                 f"encode CHECKPOINT VIDEO OUT.safetensors takes two paths; here are {len(paths)}", status=2
             )
-        codec = codecs.load(url, warn=_warn)
+        codec = codecs.load(url, sets=sets or (), warn=_warn)
         _coded(lambda show: codecs.encode_file(codec, paths[0], paths[1], show), paths[1], as_json)
         return
     if len(paths) != 1:
@@ -439,7 +448,7 @@ def encode(
     from trainer import encoding
 
     window = encoding.window(url, frames, size)
-    codec = codecs.load(url, device=codecs.fastest(), warn=_warn)
+    codec = codecs.load(url, sets=sets or (), device=codecs.fastest(), warn=_warn)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
         task = progress.add_task("encoding", total=None)
@@ -500,13 +509,14 @@ def decode(
     checkpoint: CodecUrl,
     latents: Annotated[str, typer.Argument(help="Latents that `moviola encode` wrote with the same weights.")],
     to: Annotated[str, typer.Argument(metavar="OUT.mp4", help="Where the mp4 goes.")],
+    sets: ModelSets = None,
     runs: Runs = "./runs",
     as_json: Json = False,
 ) -> None:
     """Decode latents to a video."""
     from trainer import codec as codecs
 
-    codec = codecs.load(_checkpoint(checkpoint, runs)[0], warn=_warn)
+    codec = codecs.load(_checkpoint(checkpoint, runs)[0], sets=sets or (), warn=_warn)
     _coded(lambda show: codecs.decode_file(codec, latents, to, show), to, as_json)
 
 

@@ -18,7 +18,7 @@ import math
 import os
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from pipelines import storage
 from pipelines.faults import InputError
-from trainer import checkpoint, footage, latents, run
+from trainer import checkpoint, footage, latents, manifest, run
 from trainer import recipe as recipes
 from trainer.recipe import CodecRecipe, Latent, codec_of
 
@@ -71,8 +71,13 @@ class Codec:
 
     def reconstruct(self, frames_1CTHW: Tensor) -> Tensor:
         """Encodes and decodes a video that fits in memory; the same shape, on the CPU."""
-        chunks = self.decode(self.encode(frames_1CTHW), tuple(frames_1CTHW.shape[-2:]))
-        return torch.cat([chunk.cpu() for chunk in chunks], dim=2)
+        return self.round_trip(frames_1CTHW)[0]
+
+    def round_trip(self, frames_1CTHW: Tensor) -> tuple[Tensor, int]:
+        """The reconstruction, and how many latent numbers it was made from."""
+        coded = Coded()
+        chunks = self.decode(_counted(self.encode(frames_1CTHW), coded), tuple(frames_1CTHW.shape[-2:]))
+        return torch.cat([chunk.cpu() for chunk in chunks], dim=2), coded.numbers
 
     def digest(self) -> str:
         """A digest of the weights: latents are decoded by the weights that encoded them, and no others."""
@@ -107,15 +112,17 @@ def load(
     url: str,
     *,
     ema: bool | None = None,
+    sets: Sequence[str] = (),
     device: torch.device | str = "cpu",
     warn: Callable[[str], None] = lambda text: None,
 ) -> Codec:
     """A codec from a checkpoint, a run (its newest checkpoint), or a folder that :func:`export` wrote.
 
-    ``ema`` None takes the averaged weights where the run keeps them. Raises InputError where there is none of these.
+    ``ema`` None takes the averaged weights where the run keeps them; ``sets`` (``model.a=value``) change what changes
+    no weights. Raises InputError where there is none of these.
     """
     if not storage.exists(storage.join(url, CONFIG)):
-        trained = run.open_model(url, ema=ema, warn=warn)
+        trained = run.open_model(url, ema=ema, sets=sets, warn=warn)
         return Codec(codec_of(trained.recipe, storage.redact(url)), trained.model, device=device)
     config = storage.read_json(storage.join(url, CONFIG))
     if not isinstance(config, dict) or config.get("format") != FORMAT:
@@ -126,6 +133,7 @@ def load(
         told = config["weights"]
     except (KeyError, TypeError, ValidationError):
         raise InputError(f"{storage.redact(url)}/{CONFIG} was changed or cut short; export it again") from None
+    recipe = manifest.changed_model(recipe, sets)
     model = recipe.build(seed=0)
     with latents.local(storage.join(url, WEIGHTS)) as path:
         try:

@@ -1,4 +1,4 @@
-"""Measures a codec on a fixed set of clips, beside two baselines that spend no more numbers than its latent.
+"""Measures a codec on a fixed set of clips, beside two baselines that spend no more numbers than it did.
 
 ``bicubic``      every frame down to the largest size that fits the budget of a frame, and back up.
 ``first_frame``  the first frame repeated: kept as it is where the clip's whole budget allows, else bicubic down to it.
@@ -11,7 +11,8 @@ Legend: B clips (1 here), C channels (3, RGB), T frames, H height, W width.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +26,7 @@ from pipelines.contracts import Batch, Clip, Source
 from pipelines.faults import InputError
 from trainer.entropy import Entropies
 from trainer.losses.perceptual import Perceptual
-from trainer.quality import Tally, VideoFeatures, gather_json, margin, measure
-from trainer.recipe import LatentSpec
+from trainer.quality import Row, Tally, VideoFeatures, gather_json, margin, measure
 
 TITLES = {"model": "this model", "bicubic": "bicubic down and up", "first_frame": "first frame repeated"}
 
@@ -144,9 +144,8 @@ class Report:
 
 
 def evaluate(
-    reconstruct: Callable[[Tensor], Tensor],
+    code: Callable[[Tensor], tuple[Tensor, int]],
     clips: Iterable[Batch | Clip],
-    latent: LatentSpec,
     *,
     perceptual: Perceptual,
     fvd: VideoFeatures | None = None,
@@ -154,75 +153,97 @@ def evaluate(
     group: dist.ProcessGroup | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Report:
-    """Measures ``reconstruct`` on ``clips``, which all have the shape that ``latent`` was computed for.
+    """Measures ``code`` on ``clips``, which all have one shape; they are gone through twice.
 
-    ``reconstruct`` maps (1, 3, T, H, W) in [-1, 1] on ``device`` to the same; it is called once a clip, without
-    gradients. ``perceptual`` and ``fvd`` must be on ``device``. Where torch.distributed runs, ``clips`` are this rank's
-    share (possibly none) and the report, the same on every rank, is that of all shares; a batch of weight 0 and a place
-    that comes twice keep ranks in step without counting twice. ``progress`` hears how many clips this rank has done.
+    ``code`` maps (1, 3, T, H, W) in [-1, 1] on ``device`` to the same and to how many latent numbers were spent on it;
+    it is called once a clip, without gradients. The budget is the mean of what was spent, and the baselines, which come
+    second, have that. ``perceptual`` and ``fvd`` must be on ``device``. Where torch.distributed runs, ``clips`` are
+    this rank's share (possibly none) and the report, the same on every rank, is that of all shares; a batch of weight 0
+    and a place that comes twice keep ranks in step without counting twice. ``progress`` hears how many clips this rank
+    has done.
 
     Raises InputError where there are no clips or their shapes differ.
     """
-    tallies: dict[str, Tally] = {}
-    rivals: list[Baseline] = []
-    shape: list[int] = []
+    mine, shape, spent, real = Tally(), [], {}, {}
     with torch.no_grad():
         for done, (pixels_1CTHW, place, source, motion, counts) in enumerate(_one_by_one(clips), 1):
             pixels_1CTHW = pixels_1CTHW.to(device)
-            if not shape:
-                shape = list(pixels_1CTHW.shape[2:])
-                rivals = baselines(*shape, numbers_per_frame=latent.numbers_per_frame)
+            shape = shape or list(pixels_1CTHW.shape[2:])
             _same_shape(shape, list(pixels_1CTHW.shape[2:]), source)
-            results = {"model": reconstruct(pixels_1CTHW)}
+            result_1CTHW, numbers = code(pixels_1CTHW)
             if counts:
-                results |= {rival.name: rival.reconstruct(pixels_1CTHW) for rival in rivals}
-                real = fvd(pixels_1CTHW[0]) if fvd else {}
-                for name, result_1CTHW in results.items():
-                    fake = fvd(result_1CTHW[0]) if fvd else {}
-                    row = measure(
-                        pixels_1CTHW[0],
-                        result_1CTHW[0],
-                        perceptual,
-                        place=place,
-                        source=str(source),
-                        motion=motion,
-                        features={convention: (real[convention], fake[convention]) for convention in real},
-                    )
-                    tallies.setdefault(name, Tally()).add(row)
+                spent[place] = numbers
+                real[place] = fvd(pixels_1CTHW[0]) if fvd else {}
+                mine.add(_row(pixels_1CTHW, result_1CTHW, place, source, motion, perceptual, fvd, real[place]))
             if progress:
                 progress(done)
-    mine = {"shape": shape, "tallies": {name: tally.to_json() for name, tally in tallies.items()}}
-    shares = [share for share in gather_json(mine, group, device) if share["tallies"]]
-    if not shares:
-        raise InputError("There are no clips to evaluate. Is the held-back part of the dataset empty?")
-    shape = shares[0]["shape"]
-    for share in shares:
-        _same_shape(shape, share["shape"], share["tallies"]["model"][0]["source"])
-    merged = {
-        name: Tally.from_json(line for share in shares for line in share["tallies"][name])
-        for name in shares[0]["tallies"]
-    }
-    return _report(merged, shape, latent, perceptual, fvd)
+        answer = {"shape": shape, "tally": mine.to_json(), "spent": list(spent.items())}
+        shares = [share for share in gather_json(answer, group, device) if share["tally"]]
+        if not shares:
+            raise InputError("There are no clips to evaluate. Is the held-back part of the dataset empty?")
+        for share in shares:
+            _same_shape(shares[0]["shape"], share["shape"], share["tally"][0]["source"])
+        shape = shares[0]["shape"]
+        spent = {place: numbers for share in shares for place, numbers in share["spent"]}
+        model = Tally.from_json(line for share in shares for line in share["tally"])
+        rivals = baselines(*shape, numbers_per_frame=math.fsum(spent.values()) / len(spent) / shape[0])
+        tallies = {rival.name: Tally() for rival in rivals}
+        for pixels_1CTHW, place, source, motion, counts in _one_by_one(clips) if rivals else ():
+            pixels_1CTHW = pixels_1CTHW.to(device)
+            for rival in rivals if counts else ():
+                result_1CTHW = rival.reconstruct(pixels_1CTHW)
+                row = _row(pixels_1CTHW, result_1CTHW, place, source, motion, perceptual, fvd, real[place])
+                tallies[rival.name].add(row)
+    gathered = gather_json({name: tally.to_json() for name, tally in tallies.items()}, group, device)
+    merged = {rival.name: Tally.from_json(line for share in gathered for line in share[rival.name]) for rival in rivals}
+    return _report(model, rivals, merged, shape, spent, perceptual, fvd)
+
+
+def _row(
+    pixels_1CTHW: Tensor,
+    result_1CTHW: Tensor,
+    place: int,
+    source: Source,
+    motion: float,
+    perceptual: Perceptual,
+    fvd: VideoFeatures | None,
+    real: Mapping[str, Any],
+) -> Row:
+    fake = fvd(result_1CTHW[0]) if fvd else {}
+    return measure(
+        pixels_1CTHW[0],
+        result_1CTHW[0],
+        perceptual,
+        place=place,
+        source=str(source),
+        motion=motion,
+        features={convention: (real[convention], fake[convention]) for convention in real},
+    )
 
 
 def _report(
+    model: Tally,
+    rivals: Sequence[Baseline],
     tallies: Mapping[str, Tally],
     shape: list[int],
-    latent: LatentSpec,
+    spent: Mapping[int, int],
     perceptual: Perceptual,
     fvd: VideoFeatures | None,
 ) -> Report:
-    def summary(name: str, numbers_per_frame: float) -> dict[str, Any]:
+    def summary(tally: Tally, numbers_per_frame: float) -> dict[str, Any]:
         values = {"lpips_backbone": perceptual.name, "numbers_per_frame": numbers_per_frame}
-        values |= tallies[name].summary()
-        return values | ({"rfvd": fvd.summary(tallies[name])} if fvd else {})
+        values |= tally.summary()
+        return values | ({"rfvd": fvd.summary(tally)} if fvd else {})
 
-    values = summary("model", float(latent.numbers_per_frame))
+    frames = shape[0]
+    values = summary(model, math.fsum(spent.values()) / len(spent) / frames)
+    for line in values["per_clip"]:
+        line["numbers_per_frame"] = spent[line["place"]] / frames
     values["clip"] = dict(zip(("frames", "height", "width"), shape, strict=True))
     values["baselines"] = {
-        rival.name: summary(rival.name, rival.numbers_per_frame)
-        | {"size": list(rival.size), "margin": margin(tallies["model"], tallies[rival.name])}
-        for rival in baselines(*shape, numbers_per_frame=latent.numbers_per_frame)
+        rival.name: summary(tallies[rival.name], rival.numbers_per_frame)
+        | {"size": list(rival.size), "margin": margin(model, tallies[rival.name])}
+        for rival in rivals
     }
     return Report(values)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,27 +37,39 @@ class Group(Protocol):
     size: int
 
 
-def fixed_clips(
-    dataset: index.Dataset, rule: ClipRule, size: tuple[int, int], count: int | None, rank: int = 0, world: int = 1
-) -> Iterator[Clip]:
-    """The same clips every time: ``count`` spread evenly over the dataset (None: all), central crops, no flip.
+@dataclass(frozen=True)
+class FixedClips:
+    """The same clips each time that they are gone through: ``count`` spread evenly over the dataset (None: all),
+    central crops, no flip.
 
     Of several ranks each takes its share of them. A clip that is too short for the rule is left out; one that can't be
     read raises InputError: a fixed set must not shrink silently.
     """
-    total = dataset.clips
-    chosen = range(total) if count is None or count >= total else [i * total // count for i in range(count)]
-    for clip in chosen[rank::world]:
-        shard, row = dataset.locate(clip)
-        record = dataset.records(shard, row, row + 1)[0]
-        source = Source(dataset.name, dataset.files[shard], record["key"].decode())
-        begin = int(record["offset"])
-        data = storage.read_bytes(dataset.shard_url(shard), begin, begin + int(record["bytes"]))
-        try:
-            yield cutting.make_clip(data, record, rule, size, 0, clip, source)
-        except Skip as skip:
-            if skip.reason != "short":
-                raise InputError(f"{skip.detail}. An evaluation does not skip: repack or lint the dataset.") from None
+
+    dataset: index.Dataset
+    rule: ClipRule
+    size: tuple[int, int]
+    count: int | None
+    rank: int = 0
+    world: int = 1
+
+    def __iter__(self) -> Iterator[Clip]:
+        """Reads and decodes them, one after another."""
+        dataset, total, count = self.dataset, self.dataset.clips, self.count
+        chosen = range(total) if count is None or count >= total else [i * total // count for i in range(count)]
+        for clip in chosen[self.rank :: self.world]:
+            shard, row = dataset.locate(clip)
+            record = dataset.records(shard, row, row + 1)[0]
+            source = Source(dataset.name, dataset.files[shard], record["key"].decode())
+            begin = int(record["offset"])
+            data = storage.read_bytes(dataset.shard_url(shard), begin, begin + int(record["bytes"]))
+            try:
+                yield cutting.make_clip(data, record, self.rule, self.size, 0, clip, source)
+            except Skip as skip:
+                if skip.reason != "short":
+                    raise InputError(
+                        f"{skip.detail}. An evaluation does not skip: repack or lint the dataset."
+                    ) from None
 
 
 def evaluate_checkpoint(
@@ -67,6 +80,7 @@ def evaluate_checkpoint(
     frames: int | None = None,
     count: int | None = None,
     ema: bool | None = None,
+    sets: Sequence[str] = (),
     lpips: Mapping[str, Any] | None = None,
     fvd: Mapping[str, Any] | None = None,
     device: str = "cpu",
@@ -77,32 +91,34 @@ def evaluate_checkpoint(
     """Measures a checkpoint (or a run's newest) on a dataset; the clip is the last stage's, or ``frames`` long.
 
     With ``run_url`` the report becomes the run's ``evaluation.json`` and a few clips are drawn into ``samples/``.
-    ``lpips`` are fields of PerceptualSpec; without them AlexNet with random weights, which needs no download and is
-    named in the report. ``fvd`` are fields of FvdSpec; without them there is no rFVD. With ``entropies`` the report has
-    what :func:`trainer.entropy.measure` finds. Raises InputError where nothing can be measured.
+    ``sets`` change what changes no weights, and stand in the report as ``set``. ``lpips`` are fields of PerceptualSpec;
+    without them AlexNet with random weights, which needs no download and is named in the report. ``fvd`` are fields of
+    FvdSpec; without them there is no rFVD. With ``entropies`` the report has what :func:`trainer.entropy.measure`
+    finds. Raises InputError where nothing can be measured.
     """
-    trained = open_model(url, ema=ema, warn=warn)
+    trained = open_model(url, ema=ema, sets=sets, warn=warn)
     recipe = codec_of(trained.recipe, storage.redact(url))
     rule, size = fixed_rule(trained.manifest, frames)
     dataset = index.open_dataset(dataset_url)
     spec = PerceptualSpec.model_validate(lpips or {"backbone": "alex", "weights": "random"})
     codec = Codec(recipe, trained.model, device=device)
     report = evaluate(
-        codec.reconstruct,
-        fixed_clips(dataset, rule, size, count),
-        recipe.latent(rule.frames, *size),
+        codec.round_trip,
+        FixedClips(dataset, rule, size, count),
         perceptual=Perceptual(spec).to(device),
         fvd=VideoFeatures(FvdSpec.model_validate(fvd), device) if fvd else None,
         device=device,
         progress=progress,
     )
     if entropies:
-        seen = (clip.pixels_CTHW[None].to(device) for clip in fixed_clips(dataset, rule, size, count))
+        seen = (clip.pixels_CTHW[None].to(device) for clip in FixedClips(dataset, rule, size, count))
         report = report.with_entropies(entropy.measure(codec.recipe, codec.model, seen))
+    if sets:
+        report = Report({**report.values, "set": list(sets)}, report.entropies)
     if run_url is not None:
         try:
             storage.write_bytes(storage.join(run_url, "evaluation.json"), report.json().encode())
-            shown = list(fixed_clips(dataset, rule, size, DRAWN))
+            shown = list(FixedClips(dataset, rule, size, DRAWN))
             write(look(recipe, trained.model, shown, device), storage.join(run_url, "samples"))
         except InputError as error:
             warn(f"what was measured is not kept: {error}")
@@ -137,15 +153,14 @@ class Examination:
         checkpoint.assign(model, weights)
         codec = Codec(recipe, model, device=self._device)
         report = evaluate(
-            codec.reconstruct,
-            fixed_clips(self._dataset, self._rule, self._size, count, world.rank, world.size),
-            recipe.latent(self._rule.frames, *self._size),
+            codec.round_trip,
+            FixedClips(self._dataset, self._rule, self._size, count, world.rank, world.size),
             perceptual=self._perceptual,
             device=self._device,
         )
         if world.rank != 0:
             return report.values, []
-        shown = list(fixed_clips(self._dataset, self._rule, self._size, DRAWN))
+        shown = list(FixedClips(self._dataset, self._rule, self._size, DRAWN))
         views = look(recipe, codec.model, shown, self._device)
         storage.write_bytes(storage.join(run_url, "evaluation.json"), report.json().encode())
         write(views, storage.join(run_url, "samples"), video=False)

@@ -613,6 +613,31 @@ def _set(plain: dict[str, Any], change: str) -> None:
         node[keys[-1]] = value
 
 
+def changed_model(recipe: recipes.Recipe, sets: Sequence[str]) -> recipes.Recipe:
+    """A trained model's recipe with ``sets`` (``model.a=value``) of fields that change no weights.
+
+    Raises InputError for other fields, and for values that the configuration refuses.
+    """
+    kind = type(recipe)
+    fields = kind.Config.model_fields
+    free = [name for name, known in fields.items() if known.json_schema_extra == recipes.FREE]
+    plain = {"model": recipe.config.model_dump(mode="json")}
+    for change in sets:
+        top, _, rest = change.partition("=")[0].strip().partition(".")
+        if top != "model" or rest.partition(".")[0] not in free:
+            may = ", ".join(f"model.{name}" for name in free) or "none"
+            raise InputError(
+                f"--set {change!r}: a trained model takes only what changes no weights; of recipe {kind.name} that is "
+                f"{may}",
+                status=2,
+            )
+        _set(plain, change)
+    try:
+        return kind(kind.Config.model_validate(plain["model"]))
+    except ValidationError as error:
+        raise InputError("\n".join(_explain(error, kind.Config, prefix="model.")), status=2) from None
+
+
 def _item(node: list[Any], key: str, change: str) -> Any:
     if not key.isascii() or not key.isdigit() or int(key) >= len(node):
         raise InputError(f"--set {change!r}: {key!r} is not one of the list's {len(node)} places (from 0)", status=2)

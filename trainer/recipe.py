@@ -14,12 +14,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
 
-from pydantic import BaseModel
+from pydantic import BaseModel, JsonValue
 from torch import Tensor, nn
 
 from pipelines.contracts import Batch, LatentLayout
 from pipelines.faults import InputError, near
 from trainer.stage import Stage
+
+FREE: dict[str, JsonValue] = {"free": True}
+"""``json_schema_extra`` of a configuration's field that changes no weights, so that a trained model may be given it."""
 
 Latent = Mapping[str, Tensor]
 """One step of a latent stream: named tensors (1, C, ...), for as many frames as the recipe chose.

@@ -7,7 +7,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,15 +163,22 @@ class Trained:
     url: str
 
 
-def open_model(url: str, *, ema: bool | None = None, warn: Callable[[str], None] = lambda text: None) -> Trained:
+def open_model(
+    url: str,
+    *,
+    ema: bool | None = None,
+    sets: Sequence[str] = (),
+    warn: Callable[[str], None] = lambda text: None,
+) -> Trained:
     """Opens a checkpoint, or a run's newest one. ``ema`` None takes the averaged weights where the run keeps them.
 
-    Raises InputError when there is no such run or checkpoint, or when it is damaged.
+    ``sets`` change fields of the model that change no weights. Raises InputError when there is no such run or
+    checkpoint, when it is damaged, and for a field that can't be set.
     """
     run_url = re.sub(r"/checkpoints/step-\d{8,}/?$", "", url)
     stored = load(run_url)
     assert stored is not None
-    recipe = stored.loaded_recipe
+    recipe = manifest.changed_model(stored.loaded_recipe, sets)
     model = recipe.build(stored.seed)
     averaged = bool(stored.ema) if ema is None else ema
     checkpoint.assign(model, checkpoint.load_weights(url, ema=averaged, warn=warn))

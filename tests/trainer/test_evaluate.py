@@ -1,5 +1,6 @@
 import io
 import json
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,6 @@ from pipelines.faults import InputError
 from trainer.evaluate import Report, baselines, evaluate, largest_size
 from trainer.losses import Perceptual, PerceptualSpec
 from trainer.quality import FvdSpec, VideoFeatures
-from trainer.recipe import LatentSpec
 
 torch.set_num_threads(1)
 
@@ -41,8 +41,9 @@ def batch(clips: list[Clip], weight: float = 0.5) -> Batch:
     )
 
 
-def budget(numbers_per_frame: float) -> LatentSpec:
-    return LatentSpec({"z": (1,)}, 1, numbers_per_frame)
+def spending(reconstruct: Callable[[Tensor], Tensor], numbers: int = 300) -> Callable[[Tensor], tuple[Tensor, int]]:
+    """A codec that spends so many numbers a frame."""
+    return lambda pixels_1CTHW: (reconstruct(pixels_1CTHW), numbers * pixels_1CTHW.shape[2])
 
 
 def dim(pixels_1CTHW: Tensor) -> Tensor:
@@ -103,7 +104,7 @@ def test_bicubic_baseline_by_the_numbers():
 
 
 def test_report_has_what_readers_of_evaluation_json_expect(perceptual):
-    report = evaluate(dim, [clip(place) for place in range(5)], budget(300), perceptual=perceptual)
+    report = evaluate(spending(dim), [clip(place) for place in range(5)], perceptual=perceptual)
     values = json.loads(report.json())
     assert values["clips"] == 5 and values["clip"] == {"frames": 3, "height": 32, "width": 36}
     assert values["lpips_backbone"] == "alex (random weights)"
@@ -122,6 +123,16 @@ def test_report_has_what_readers_of_evaluation_json_expect(perceptual):
     assert Report(values) == report, "nothing is lost on the way to a file and back"
 
 
+def test_the_budget_is_the_mean_of_what_was_spent(perceptual):
+    numbers = iter((300, 900, 1200))
+    report = evaluate(lambda x: (dim(x), next(numbers)), [clip(place) for place in range(3)], perceptual=perceptual)
+    assert report.values["numbers_per_frame"] == 800 / 3
+    assert [line["numbers_per_frame"] for line in report.values["per_clip"]] == [100, 300, 400]
+    for name, line in report.values["baselines"].items():
+        expected = next(rival for rival in baselines(3, 32, 36, 800 / 3) if rival.name == name)
+        assert (line["size"], line["clips"]) == (list(expected.size), 3)
+
+
 def shown(report: Report) -> str:
     console = Console(width=140, file=io.StringIO())
     console.print(report.table())
@@ -129,7 +140,7 @@ def shown(report: Report) -> str:
 
 
 def test_table_shows_every_method_with_budget_and_backbone(perceptual):
-    report = evaluate(dim, [clip(place) for place in range(3)], budget(300), perceptual=perceptual)
+    report = evaluate(spending(dim), [clip(place) for place in range(3)], perceptual=perceptual)
     text = shown(report)
     assert "3 clips of 3 frames, 32 x 36" in text
     assert "LPIPS backbone: alex (random weights)" in text
@@ -145,7 +156,7 @@ def test_table_shows_every_method_with_budget_and_backbone(perceptual):
 
 
 def test_table_of_one_clip_and_of_a_broken_model(perceptual):
-    text = shown(evaluate(lambda x: x / 0, [clip(0)], budget(300), perceptual=perceptual))
+    text = shown(evaluate(spending(lambda x: x / 0), [clip(0)], perceptual=perceptual))
     assert "1 reconstructions are not finite, so means are missing; the first is d/s/0000" in text
 
 
@@ -157,10 +168,10 @@ def test_batches_and_clips_give_the_same_report_and_fillers_do_not_count(percept
         calls.append(x.shape[0])
         return dim(x)
 
-    one_by_one = evaluate(dim, clips, budget(300), perceptual=perceptual)
+    one_by_one = evaluate(spending(dim), clips, perceptual=perceptual)
     filler = batch([clip(9)], weight=0.0)
     batched = evaluate(
-        reconstruct, [batch(clips[2:]), batch(clips[:2]), filler, clips[1]], budget(300), perceptual=perceptual
+        spending(reconstruct), [batch(clips[2:]), batch(clips[:2]), filler, clips[1]], perceptual=perceptual
     )
     assert batched.json() == one_by_one.json()
     assert calls == [1] * 6, "fillers and repeats still run the model, so that ranks stay in step"
@@ -174,23 +185,23 @@ def test_reconstruction_runs_without_gradients_and_progress_is_told(perceptual):
         assert not y.requires_grad
         return y
 
-    evaluate(reconstruct, [clip(0), clip(1)], budget(300), perceptual=perceptual, progress=heard.append)
+    evaluate(spending(reconstruct), [clip(0), clip(1)], perceptual=perceptual, progress=heard.append)
     assert heard == [1, 2]
 
 
 def test_faults_of_input(perceptual):
     with pytest.raises(InputError, match="no clips to evaluate"):
-        evaluate(dim, [], budget(300), perceptual=perceptual)
+        evaluate(spending(dim), [], perceptual=perceptual)
     with pytest.raises(InputError, match="no clips to evaluate"):
-        evaluate(dim, [batch([clip(0)], weight=0.0)], budget(300), perceptual=perceptual)
+        evaluate(spending(dim), [batch([clip(0)], weight=0.0)], perceptual=perceptual)
     with pytest.raises(InputError) as fault:
-        evaluate(dim, [clip(0), clip(1, frames=4, width=40)], budget(300), perceptual=perceptual)
+        evaluate(spending(dim), [clip(0), clip(1, frames=4, width=40)], perceptual=perceptual)
     assert str(fault.value) == (
         "d/s/0001: 4 frames of 32 x 40, but the first clip evaluated has 3 frames of 32 x 36. Evaluate clips of one "
         "shape at a time: give the evaluation one size and frame count."
     )
     with pytest.raises(ValueError, match=r"the reconstruction is \(3, 2, 32, 36\)"):
-        evaluate(lambda x: x[:, :, :2], [clip(0)], budget(300), perceptual=perceptual)
+        evaluate(spending(lambda x: x[:, :, :2]), [clip(0)], perceptual=perceptual)
 
 
 class Means(nn.Module):
@@ -201,10 +212,10 @@ class Means(nn.Module):
 def test_rfvd_stands_beside_every_method(perceptual, tmp_path):
     torch.jit.script(Means()).save(str(tmp_path / "i3d.pt"))
     fvd = VideoFeatures(FvdSpec(i3d=str(tmp_path / "i3d.pt")))
-    report = evaluate(dim, [clip(p, frames=10) for p in range(3)], budget(300), perceptual=perceptual, fvd=fvd)
+    report = evaluate(spending(dim), [clip(p, frames=10) for p in range(3)], perceptual=perceptual, fvd=fvd)
     for _, line in report.methods():
         assert line["rfvd"]["value"] > 0 and line["rfvd"]["clips"] == 3
-    perfect = evaluate(lambda x: x, [clip(p, frames=10) for p in range(3)], budget(300), perceptual=perceptual, fvd=fvd)
+    perfect = evaluate(spending(lambda x: x), [clip(p, frames=10) for p in range(3)], perceptual=perceptual, fvd=fvd)
     assert perfect.values["rfvd"]["value"] == pytest.approx(0, abs=1e-6)
     assert "rFVD" in shown(report)
 
@@ -224,12 +235,12 @@ def evaluate_share(rank: int, folder: str) -> None:
         if rank < world:
             clips = [clip(place, frames=10) for place in SHARES[world][rank]]
             fvd = VideoFeatures(FvdSpec(i3d=f"{folder}/i3d.pt", per_batch=2))
-            report = evaluate(dim, clips, budget(300), perceptual=perceptual, fvd=fvd, group=group)
+            report = evaluate(spending(dim), clips, perceptual=perceptual, fvd=fvd, group=group)
             with open(f"{folder}/{world}-{rank}.json", "w") as file:
                 file.write(report.json())
     odd = [clip(0), clip(1, frames=4), clip(2)][rank]
     with pytest.raises(InputError, match="d/s/0001: 4 frames of 32 x 36"):
-        evaluate(dim, [odd], budget(300), perceptual=perceptual)
+        evaluate(spending(dim), [odd], perceptual=perceptual)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -239,7 +250,7 @@ def test_any_world_size_reports_the_same_to_the_last_bit(perceptual, tmp_path):
     mp.spawn(evaluate_share, (str(tmp_path),), nprocs=3)
     fvd = VideoFeatures(FvdSpec(i3d=str(tmp_path / "i3d.pt"), per_batch=2))
     alone = evaluate(
-        dim, [clip(place, frames=10) for place in range(7)], budget(300), perceptual=perceptual, fvd=fvd
+        spending(dim), [clip(place, frames=10) for place in range(7)], perceptual=perceptual, fvd=fvd
     ).json()
     for world in SHARES:
         for rank in range(world):
@@ -248,4 +259,4 @@ def test_any_world_size_reports_the_same_to_the_last_bit(perceptual, tmp_path):
 
 def test_places_are_the_clips_identity(perceptual):
     with pytest.raises(ValueError, match="place 0 holds two clips"):
-        evaluate(dim, [clip(0), replace(clip(1), place=0)], budget(300), perceptual=perceptual)
+        evaluate(spending(dim), [clip(0), replace(clip(1), place=0)], perceptual=perceptual)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from trainer.losses import PerceptualSpec
+from trainer.recipe import FREE
 
 Width = Annotated[int, Field(ge=1, le=4096)]
 Layers = Annotated[int, Field(ge=0, le=16)]
@@ -66,12 +67,17 @@ class DecoVaeConfig(_Part):
         description="`dct` adds a linear path to encoders and decoder that starts as the low frequencies of a cosine "
         "transform, and starts the nonlinear path at 0 (ours): a usable codec at step 0.",
     )
-    window: Annotated[int, Field(ge=1, le=257)] = Field(17, description="Most frames for one keyframe; 1 + 4 k.")
+    window: Annotated[int, Field(ge=1, le=257)] = Field(
+        17, description="Most frames for one keyframe; 1 + 4 k.", json_schema_extra=FREE
+    )
     overlap: Annotated[int, Field(ge=0, le=16)] = Field(
-        1, description="Frames of a long video that two windows share, blended; none are shared across a cut."
+        1,
+        description="Frames of a long video that two windows share, blended; none are shared across a cut.",
+        json_schema_extra=FREE,
     )
     new_keyframe: Annotated[float, Field(gt=0)] | None = Field(
         None,
+        json_schema_extra=FREE,
         description="Root mean square of the residual, in pixels of [-1, 1], beyond which a frame becomes a keyframe "
         "(ours); null takes one for each window.",
     )

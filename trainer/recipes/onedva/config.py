@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from trainer.losses import PerceptualSpec
 from trainer.losses.flow import Share, TimestepSpec
+from trainer.recipe import FREE
 
 SPAN, CELL = 4, 16
 """Frames and side of a patch."""
@@ -106,7 +107,7 @@ class OneDvaConfig(_Part):
     decoder: DecoderSpec = DecoderSpec()
     window: Annotated[int, Field(ge=1, le=257)] = Field(17, description="Frames coded together; 1 + 4 k.")
     dropout: DropoutSpec = DropoutSpec()
-    length: LengthSpec = LengthSpec()
+    length: LengthSpec = Field(LengthSpec(), json_schema_extra=FREE)
     condition_dropout: Share = Field(0.1, description="Share of clips that train the decoder without latents.")
     timesteps: TimestepSpec = TimestepSpec()
     predict: Literal["velocity", "clean"] = Field(
@@ -120,7 +121,7 @@ class OneDvaConfig(_Part):
         description="`dct` adds a linear path to encoder and decoder that starts as a cosine transform, and starts the "
         "transformers at 0 (ours): one sampling step of the untrained model is a codec. Needs predict: clean.",
     )
-    sampling: SamplingSpec = SamplingSpec()
+    sampling: SamplingSpec = Field(SamplingSpec(), json_schema_extra=FREE)
     continuity: float = Field(1.0, ge=0, description="Of self-alignment: weight of neighbours' likeness.")
     repa: RepaSpec | None = Field(RepaSpec(), description="SigLIP of the loss; null for stages whose losses.repa is 0.")
     perceptual: PerceptualSpec | None = Field(
