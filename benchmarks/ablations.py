@@ -27,7 +27,7 @@ import yaml
 
 from benchmarks import papers
 from benchmarks.learning import ROOT, RULES, hardware
-from benchmarks.papers import Paper, Variant
+from benchmarks.papers import Paper, Row, Variant
 from pipelines import index, pack
 from pipelines.contracts import ClipRule
 from trainer import examine, run
@@ -48,6 +48,9 @@ def trained(paper: Paper, variant: Variant, seed: int, work: Path) -> str:
     plain["model"] = {**plain["model"], **variant.model}
     steps = variant.steps or paper.steps
     plain["stages"] = {name: {**plain["stages"][name], "steps": count} for name, count in steps.items()}
+    for name, changes in variant.stages.items():
+        stage = plain["stages"][name]
+        plain["stages"][name] = stage | changes | {"losses": stage["losses"] | changes.get("losses", {})}
     url = work / "runs" / plain["name"]
     if not (url / "checkpoints" / f"step-{paper.all_steps:08d}" / "COMMITTED").exists():
         path = work / f"{plain['name']}.yaml"
@@ -57,14 +60,14 @@ def trained(paper: Paper, variant: Variant, seed: int, work: Path) -> str:
     return str(url)
 
 
-def measured(run_url: str, step: int, frames: int, perceptual: Perceptual) -> dict[str, float]:
+def measured(run_url: str, row: Row, perceptual: Perceptual) -> dict[str, float]:
     """PSNR and SSIM of a checkpoint on the held-back clips; kept beside the run."""
-    kept = Path(run_url) / f"measured-{step}-{frames}.json"
+    kept = Path(run_url) / f"measured-{'-'.join([str(row.step), str(row.frames), *row.sets])}.json"
     if not kept.exists():
-        opened = run.open_model(f"{run_url}/checkpoints/step-{step:08d}")
+        opened = run.open_model(f"{run_url}/checkpoints/step-{row.step:08d}", sets=row.sets)
         stored = opened.manifest
         size = stored.schedule.stages[-1].clip.sizes[0]
-        rule = ClipRule(frames=frames, sizes=(size,), crop="center", flip=0.0)
+        rule = ClipRule(frames=row.frames, sizes=(size,), crop="center", flip=0.0)
         clips = list(examine.FixedClips(index.open_dataset(stored.data.eval), rule, size, CLIPS))
         codec = Codec(opened.recipe, opened.model)
         values = evaluate(codec.round_trip, clips, perceptual=perceptual).values
@@ -89,9 +92,9 @@ def lines_of(paper: Paper, runs: Mapping[str, list[str]], perceptual: Perceptual
         lines += ["| | PSNR dB (± over seeds) | SSIM | less the last row, dB | paper | the same in the paper | |"]
         lines += ["| --- | ---: | ---: | ---: | ---: | ---: | --- |"]
         reference = rows[-1]
-        whole = [measured(url, reference.step, reference.frames, perceptual) for url in runs[reference.variant]]
+        whole = [measured(url, reference, perceptual) for url in runs[reference.variant]]
         for row in rows:
-            found = [measured(url, row.step, row.frames, perceptual) for url in runs[row.variant]]
+            found = [measured(url, row, perceptual) for url in runs[row.variant]]
             psnr = [values["psnr_db"] for values in found]
             spread = statistics.stdev(psnr) if len(psnr) > 1 else 0.0
             gains = [a["psnr_db"] - b["psnr_db"] for a, b in zip(found, whole, strict=True)]
@@ -131,7 +134,8 @@ def main() -> int:
         runs.setdefault(variant.name, []).append(url)
     torch.set_num_threads(os.cpu_count() or 1)
     perceptual = Perceptual(PerceptualSpec(backbone="alex", weights="random"))
-    clips = measured(runs["whole"][0], paper.all_steps, paper.frames, perceptual)["clips"]
+    last = next(iter(paper.tables.values()))[-1]
+    clips = measured(runs[last.variant][0], last, perceptual)["clips"]
     stages = ", ".join(f"{name} {steps} steps" for name, steps in paper.steps.items())
     lines = [
         f"# {paper.title}'s ablations at a small size",

@@ -12,22 +12,24 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Variant:
-    """Changes to the model and to the steps of its stages."""
+    """Changes to the model, to the steps of its stages, and to their other fields."""
 
     name: str
     model: Mapping[str, Any] = field(default_factory=dict)
     steps: Mapping[str, int] = field(default_factory=dict)
+    stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: where to measure, and what the paper has there (PSNR, SSIM)."""
+    """One line of a table: where to measure, what the paper has there (PSNR, SSIM), and what is set to measure it."""
 
     title: str
     variant: str
     step: int
     frames: int
     paper: tuple[float, float] | None
+    sets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
