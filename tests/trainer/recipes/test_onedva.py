@@ -474,7 +474,14 @@ class Halfway(nn.Module):
         self.told: list[Any] = []
 
     def predict(
-        self, latents: Mapping[str, Tensor], t_B: Tensor, noise: Mapping[str, Tensor], masks: Mapping[str, Tensor]
+        self,
+        latents: Mapping[str, Tensor],
+        t_B: Tensor,
+        noise: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
+        *,
+        caption_emb_BLD: Tensor | None,
+        caption_mask_BL: Tensor | None,
     ) -> dict[str, Tensor]:
         self.told.append((t_B, masks))
         assert {n: v.shape for n, v in latents.items()} == {n: v.shape for n, v in noise.items()}
@@ -582,6 +589,11 @@ def test_configurations_that_cannot_be_are_refused(changes: dict[str, Any], mess
         ({"losses": {"flow": 1, "align": 1}}, "losses.align: 1.0: this stage has no 1D latents. Set it to 0"),
         ({"knobs": {"latents": "all"}}, "knobs.latents: 'all': take structural, both, predicted"),
         ({"knobs": {"latents": "predicted"}, "losses": {"flow": 1, "kl": 1}}, "losses.kl: 1.0: the encoder rests"),
+        (
+            {"knobs": {"latents": "predicted"}},
+            "teachers.predictor: missing, and this stage trains on predicted latents",
+        ),
+        ({"teachers": {"predictor": "a"}}, "teachers.predictor: 'a': no such name"),
         ({"supervise": (1, 2)}, "supervise: \\[1, 2\\]: every frame is supervised"),
         ({"adversary": AdversaryStage(weight=1)}, "adversary: a diffusion decoder makes no reconstruction"),
         ({}, "clip.frames: 17: a window has 9 frames"),

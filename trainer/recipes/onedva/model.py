@@ -18,8 +18,8 @@ w = W / 16, N = L h w tokens; K 1D latents, D latent channels, P numbers of a pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -291,19 +291,19 @@ class OneDva(nn.Module):
         *,
         kept_BK: Tensor | None = None,
         dropped_B: Tensor | None = None,
-        predictor: Any = None,
-        predictor_t_B: Tensor | None = None,
+        predict: Callable[..., Mapping[str, Tensor]] | None = None,
+        predict_t_B: Tensor | None = None,
         features: bool = False,
     ) -> Made:
         """Encodes x, noises it, and predicts the velocity: z = μ + σ ε with ``latent_noise`` by latent.
 
-        ``kept_BK`` None leaves the 1D latents out. With ``predictor`` the decoder reads what that predicts from means
-        noised to ``predictor_t_B``; nothing flows back into the encoder then.
+        ``kept_BK`` None leaves the 1D latents out. With ``predict`` the decoder reads what that makes of the means,
+        noised to ``predict_t_B``; nothing flows back into the encoder then.
         """
         sequence = kept_BK is not None
-        if self.training and predictor is None:
+        if self.training and predict is None:
             self.readable.fill_(self.queries if sequence else 0)
-        if predictor is None:
+        if predict is None:
             posteriors = self.encode(x_B3THW, sequence)
             latents = {n: p.mean + torch.exp(0.5 * p.log_variance) * latent_noise[n] for n, p in posteriors.items()}
         else:
@@ -311,7 +311,7 @@ class OneDva(nn.Module):
                 posteriors = self.encode(x_B3THW, sequence)
                 means = {name: posterior.mean for name, posterior in posteriors.items()}
                 masks = {SEQUENCE: kept_BK} if kept_BK is not None else {}
-                latents = predictor.predict(means, predictor_t_B, latent_noise, masks)
+                latents = predict(means, predict_t_B, latent_noise, masks)
         z_B3THW = noised(x_B3THW, noise_B3THW, t_B)
         velocity, clean, tapped = self.decoder(z_B3THW, t_B, latents, kept_BK, dropped_B, self.tap if features else 0)
         if self.decoder.clean:

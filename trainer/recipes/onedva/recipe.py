@@ -6,6 +6,7 @@ channels, K 1D latents.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -88,17 +89,18 @@ class OneDvaRecipe:
             kept_BK = torch.arange(config.queries, device=x_B3THW.device) < lengths_B[:, None]
         else:
             shapes.pop(SEQUENCE)
-        predictor, predictor_t_B = None, None
+        predict, predict_t_B = None, None
         if given == "predicted":
             if losses.PREDICTOR not in teachers:
                 raise InputError(
                     f"stage {stage.name!r} trains on predicted latents, and there is no predictor. Name a run of the "
                     "latent diffusion model in the manifest: teachers: {predictor: RUN}"
                 )
-            predictor = teachers[losses.PREDICTOR]
+            captions = {"caption_emb_BLD": batch.caption_emb_BLD, "caption_mask_BL": batch.caption_mask_BL}
+            predict = functools.partial(teachers[losses.PREDICTOR].predict, **captions)
             low, high = config.post_noise
-            predictor_t_B = low + (high - low) * batch.rand("post/t", 1)[:, 0]
-        purpose = "post" if predictor is not None else "z"
+            predict_t_B = low + (high - low) * batch.rand("post/t", 1)[:, 0]
+        purpose = "post" if predict is not None else "z"
         made = model(
             x_B3THW,
             batch.randn("noise", 3, frames, height, width),
@@ -106,8 +108,8 @@ class OneDvaRecipe:
             {name: batch.randn(f"{purpose}/{name}", *shape) for name, shape in shapes.items()},
             kept_BK=kept_BK,
             dropped_B=batch.rand("condition", 1)[:, 0] < config.condition_dropout,
-            predictor=predictor,
-            predictor_t_B=predictor_t_B,
+            predict=predict,
+            predict_t_B=predict_t_B,
             features=bool(stage.losses.get("repa")),
         )
         found = losses.terms(made, batch, stage, teachers, config, kept_BK)
