@@ -54,6 +54,10 @@ class Everything:
         """Yes."""
         return True
 
+    def rests(self, parameter: str) -> bool:
+        """No."""
+        return False
+
 
 def stack(millions: float) -> nn.Module:
     width = WIDTH if millions > 50 else 512

@@ -154,6 +154,7 @@ class BatchPlan:
 
     ``step`` counts optimizer steps of the whole run from 0; ``place`` is the first place of the batch in the global
     sequence and ``stream_place`` the first in its own stream's sequence; ``size`` is the (height, width) of the bucket.
+    ``per_clip`` of them count as one clip of a micro-batch: as many images as a clip of the stage has frames.
     """
 
     step: int
@@ -164,6 +165,7 @@ class BatchPlan:
     stream_place: int
     size: tuple[int, int]
     rule: ClipRule
+    per_clip: int = 1
 
 
 @dataclass(frozen=True, slots=True)

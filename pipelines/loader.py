@@ -329,7 +329,7 @@ class _Run:
     def _start(self, number: int) -> None:
         """Allocates the step's batches and asks for its clips."""
         loader, plan = self.loader, self.loader.plan(number)
-        shares = share(plan.clips, loader.rank, loader.world, loader.micro_batch)
+        shares = share(plan.clips, loader.rank, loader.world, loader.micro_batch * plan.per_clip)
         frames = 0 if loader.layout else plan.rule.frames
         micros = [
             _Micro(

@@ -66,6 +66,9 @@ class _All:
     def trains(self, parameter: str) -> bool:
         return True
 
+    def rests(self, parameter: str) -> bool:
+        return False
+
 
 def build(spec: DiscriminatorSpec, seed: int) -> Discriminator:
     """The untrained discriminator, a pure function of ``seed``, float32 on the CPU."""

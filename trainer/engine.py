@@ -5,7 +5,7 @@
     engine(x)                                           forward with a gradient; `engine.model` is what a recipe gets
     engine.module                                       the bare module, for a forward that this engine doesn't train
     engine.backward(loss, last=True)                    adds the loss's gradient; sums over ranks and micro-batches
-    grad_norm = engine.step(lr)                         clips, updates weights and average
+    grad_norm = engine.step(lr, image=False)            clips, updates weights and average
     engine.next_stage(stage, spec)                      other parameters train; what goes on training keeps its state
     engine.weights(ema=False)                           whole weights on the CPU, on every rank, for evaluation
     engine.load(weights)                                starts from these weights, with a fresh optimizer and average
@@ -70,6 +70,10 @@ class Trains(Protocol):
 
     def trains(self, parameter: str) -> bool:
         """Whether the parameter of that name moves."""
+        ...
+
+    def rests(self, parameter: str) -> bool:
+        """Whether it rests in steps on images: weight and moments stay, and the step doesn't count for it."""
         ...
 
 
@@ -183,14 +187,16 @@ class Engine:
         self._ds.set_gradient_accumulation_boundary(last)
         self._ds.backward(loss * self.world)  # DeepSpeed averages over ranks
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, image: bool = False) -> float:
         """Clips by the global norm, updates weights and average; the norm before clipping.
 
+        After batches of images (``image``), what the stage lets rest then keeps weight and moments, and Adam's count.
         A norm that is not finite leaves everything as it was.
         """
         self._settle()
         for group in self._ds.basic_optimizer.param_groups:
             group["lr"] = lr
+        self._resting = image
         norm = self._clip() if self.zero_stage == 0 else None
         if norm is None or torch.isfinite(norm):
             self._ds.step()
@@ -302,7 +308,7 @@ class Engine:
             if entry["step"] is not None and self._stage.trains(name)
         }
         trained = [name for group in self._groups for name in group]
-        groups, counts = _grouped([name for name in self.shapes if name in trained], steps)
+        groups, counts = _grouped([name for name in self.shapes if name in trained], steps, self._stage)
         if groups != self._groups:
             self._unwrap()
             self._build(self._stage, self._spec, steps)
@@ -351,10 +357,11 @@ class Engine:
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _build(self, stage: Trains, spec: OptimizerSpec, steps: Mapping[str, int]) -> None:
-        """Wraps the plain module. One parameter group for each number of Adam steps done, since ZeRO counts by group.
+        """Wraps the plain module. One parameter group for each number of Adam steps done, since ZeRO counts by group,
+        and those that rest in image batches apart from the others.
 
-        The order of groups and of parameters within them is a function of ``steps`` alone, so that a resumed run sums
-        in the same order as the run it resumes.
+        The order of groups and of parameters within them is a function of ``steps`` and the stage alone, and the same
+        all through a stage, so that a resumed run sums in the same order as the run it resumes.
         """
         self._stage, self._spec = stage, spec
         parameters = dict(self.module.named_parameters())
@@ -367,7 +374,7 @@ class Engine:
                 "its train and freeze patterns leave none; parameters are named like "
                 f"{', '.join(list(parameters)[:3])}"
             )
-        self._groups, counts = _grouped(trained, steps)
+        self._groups, counts = _grouped(trained, steps, stage)
         optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[spec.name](
             [{"params": [parameters[name] for name in group]} for group in self._groups],
             lr=spec.lr,
@@ -376,6 +383,10 @@ class Engine:
             weight_decay=spec.weight_decay,
             fused=self.device.type == "cuda",
         )
+        for names, group in zip(self._groups, optimizer.param_groups, strict=True):
+            group["rests"] = stage.rests(names[0])
+        self._resting = False
+        optimizer.register_step_pre_hook(self._rest)
         bucket = min(BUCKET, sum(p.numel() for p in parameters.values()) + 1024) // 2 * 2
         largest = max(math.prod(shape) for shape in self.shapes.values())
         config = {
@@ -408,6 +419,13 @@ class Engine:
             }
         self._set_counts(counts)
         self._shard()
+
+    def _rest(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Takes the gradients of what rests in this step: Adam leaves a parameter without one alone."""
+        for group in optimizer.param_groups:
+            if self._resting and group["rests"]:
+                for flat in group["params"]:
+                    flat.grad = None
 
     def _flats(self) -> Iterator[tuple[Tensor, int]]:
         """What the inner optimizer updates, with the index of its group."""
@@ -571,10 +589,11 @@ class _Carried:
                     piece.values.copy_(flat[piece.start : piece.start + piece.values.numel()])
 
 
-def _grouped(names: Sequence[str], steps: Mapping[str, int]) -> tuple[list[list[str]], list[int]]:
-    """Names by their number of Adam steps, fewest first, and those numbers."""
-    counts = sorted({steps.get(name, 0) for name in names})
-    return [[name for name in names if steps.get(name, 0) == count] for count in counts], counts
+def _grouped(names: Sequence[str], steps: Mapping[str, int], stage: Trains) -> tuple[list[list[str]], list[int]]:
+    """Names by whether they rest in image batches and by their number of Adam steps, fewest first; those numbers."""
+    keys = {name: (stage.rests(name), steps.get(name, 0)) for name in names}
+    order = sorted(set(keys.values()))
+    return [[name for name in names if keys[name] == key] for key in order], [count for _, count in order]
 
 
 def _whole(

@@ -206,7 +206,7 @@ def _train(
                     if rival:
                         output = rival.learn(output, batch.weight, last)
                     outputs.append((batch.weight, output))
-            norm = engine.step(rate)
+            norm = engine.step(rate, image=schedule.plan(step).stream == "image")
             if rival and math.isfinite(norm) and not math.isfinite(rivals := rival.step(within)):
                 norm = rivals
             if not math.isfinite(norm):

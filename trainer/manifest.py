@@ -205,7 +205,10 @@ class RunManifest(_Part):
     batch: PositiveInt = Field(
         le=GREATEST_BATCH, description="Global batch; micro-batch and accumulation follow from the world size."
     )
-    micro_batch: PositiveInt | None = Field(None, description="Most clips of one forward pass of one rank.")
+    micro_batch: PositiveInt | None = Field(
+        None,
+        description="Most clips of one forward pass of one rank; of images, as many as a clip has frames count as one.",
+    )
     precision: Literal["fp32", "bf16"] = "bf16"
     compile: bool = Field(False, description="torch.compile for the model: a slow first step, then faster ones.")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

@@ -87,8 +87,8 @@ class Stage(BaseModel):
 
     ``train`` and ``freeze`` are name patterns (``fnmatch``) over parameters, and ``freeze`` wins. ``supervise`` counts
     frames from 1, both ends included; None is every frame. ``image_share`` is the share of global batches that are
-    images, dealt by arithmetic. ``knobs`` holds what only one recipe knows (One-DVA's latent length, for example); the
-    recipe validates it.
+    images, dealt by arithmetic; in a micro-batch, as many images as a clip has frames count as one clip. ``knobs``
+    holds what only one recipe knows (One-DVA's latent length, for example); the recipe validates it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -99,6 +99,9 @@ class Stage(BaseModel):
     batch: PositiveInt | None = Field(None, description="Global batch; None takes the manifest's.")
     image_share: Share = 0.0
     image_batch: PositiveInt | None = Field(None, description="Images in a global image batch; None takes batch.")
+    image_freeze: tuple[str, ...] = Field(
+        (), description="Parameters that rest in image batches: weights and optimizer state stay as they are."
+    )
     train: tuple[str, ...] = ("*",)
     freeze: tuple[str, ...] = ()
     losses: Mapping[str, float] = Field(default_factory=dict, description="Weight of each loss term, by name.")
@@ -145,6 +148,10 @@ class Stage(BaseModel):
         return any(fnmatchcase(parameter, p) for p in self.train) and not any(
             fnmatchcase(parameter, p) for p in self.freeze
         )
+
+    def rests(self, parameter: str) -> bool:
+        """Whether the parameter of that name rests in the stage's image batches."""
+        return bool(self.image_share) and any(fnmatchcase(parameter, p) for p in self.image_freeze)
 
 
 class Schedule:
@@ -223,6 +230,7 @@ class Schedule:
             stream_place=self._first_of[stream][i] + before[stream],
             size=size,
             rule=rule,
+            per_clip=stage.clip.frames if is_image else 1,
         )
 
 

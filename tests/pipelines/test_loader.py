@@ -188,6 +188,24 @@ def test_image_batches_come_from_images_or_from_frames_of_videos(
         assert videos == [reference[place][0] for place in range(4 * BATCH)]
 
 
+def test_a_micro_batch_takes_as_many_images_as_a_clip_has_frames(dataset: Dataset) -> None:
+    image_rule = RULE.model_copy(update={"frames": 1})
+
+    def mixed(step: int) -> BatchPlan:
+        if step:
+            return BatchPlan(step, "s", BATCH, 14, "image", 0, (16, 16), image_rule, per_clip=RULE.frames)
+        return BatchPlan(step, "s", 0, BATCH, "video", 0, (16, 16), RULE)
+
+    sizes, places = [], []
+    for rank in range(2):
+        loader = Loader([(dataset, 1.0)], None, mixed, 2, seed=5, rank=rank, world=2, micro_batch=2)
+        for step, batches in loader.iter_from(0):
+            sizes.append([len(batch.pixels_BCTHW) for batch in batches])
+            places += [place for batch in batches for place in batch.places] if step else []
+    assert sizes == [[2, 2], [3, 4], [2, 2], [3, 4]]
+    assert sorted(places) == list(range(BATCH, BATCH + 14))
+
+
 def test_captions_are_padded_and_masked(tmp_path: Path, clips: list[bytes]) -> None:
     dataset = fill(str(tmp_path), clips, caption=True)
     assert dataset.caption_width == 4 and dataset.card.counts["captions"] == 9

@@ -61,6 +61,9 @@ class All:
     def trains(self, parameter: str) -> bool:
         return True
 
+    def rests(self, parameter: str) -> bool:
+        return False
+
 
 def clips(step: int) -> Tensor:
     """The global batch of a step: six clips of 3 frames, 16 x 16, smooth in space."""

@@ -18,7 +18,7 @@ SHARDINGS = ("zero0", "zero1", "zero2", "zero3", "zero3-released")
 """The last one lets go of the weights between a forward and a backward pass, and keeps the biases."""
 
 
-def train(engine: Engine, step: int) -> tuple[float, float]:
+def train(engine: Engine, step: int, image: bool = False) -> tuple[float, float]:
     """One global batch; this rank's part of the loss and the gradient norm."""
     total = 0.0
     batches = toy.micro_batches(step, engine.rank, engine.world)
@@ -26,7 +26,7 @@ def train(engine: Engine, step: int) -> tuple[float, float]:
         loss = (engine.model(x_BC, toy.still(step)) - y_BC).square().mean() * share
         engine.backward(loss, last=i == len(batches) - 1)
         total += loss.item()
-    return total, engine.step(toy.rate(step))
+    return total, engine.step(toy.rate(step), image=image)
 
 
 def stages(rank: int, world: int, zero_stage: int) -> dict[str, Any]:
@@ -79,7 +79,27 @@ def everything(rank: int, world: int) -> dict[str, Any]:
         results[sharding] = stages(rank, world, zero_stage)
         results[sharding]["two"] = two_engines(rank, world, zero_stage)
         results[sharding]["bf16"] = autocast(zero_stage)
+        results[sharding]["resting"] = resting(zero_stage)
     return results
+
+
+def resting(zero_stage: int) -> dict[str, Any]:
+    """A stage in which ``motion`` rests in every third batch, which doesn't reach it, and then one without rest."""
+    engine = Engine(toy.Toy(), toy.RESTING[0], toy.SPEC, zero_stage=zero_stage, ema_decay=toy.DECAY)
+    kept = []
+    for step in range(toy.STEPS):
+        if step == toy.RESTING[0].steps:
+            engine.next_stage(toy.RESTING[1], toy.SPEC)
+        before = {(p.kind, p.name, p.start): p.values.clone() for p in engine.pieces() if p.kind != "ema"}
+        train(engine, step, image=toy.still(step))
+        after = {(p.kind, p.name, p.start): p.values for p in engine.pieces() if p.kind != "ema"}
+        kept.append(
+            sorted({name for key, value in before.items() if torch.equal(value, after[key]) for name in key[1:2]})
+        )
+    counts = {name: entry["step"] for name, entry in engine.meta()["parameters"].items()}
+    weights = engine.weights()
+    engine.close()
+    return {"kept": kept, "counts": counts, "weights": weights}
 
 
 def two_engines(rank: int, world: int, zero_stage: int) -> dict[str, Tensor]:
@@ -163,6 +183,36 @@ def test_frozen_parameters_keep_every_bit_and_no_state(results: Any, sharding: s
         assert set(results[0][sharding]["moved"][step]) == trained
         owned = {name for rank in results for name in rank[sharding]["states"][step]}
         assert owned == trained
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_what_rests_in_image_batches_keeps_weights_moments_and_count(results: Any, sharding: str) -> None:
+    model = toy.Toy()
+    groups = [{"params": [p], "name": name} for name, p in model.named_parameters()]
+    optimizer = torch.optim.AdamW(groups, weight_decay=toy.SPEC.weight_decay)
+    rest = [toy.RESTING[step >= toy.RESTING[0].steps].rest and toy.still(step) for step in range(toy.STEPS)]
+    for step in range(toy.STEPS):
+        x_BC, y_BC = toy.clips(step)
+        optimizer.zero_grad()
+        (model(x_BC, toy.still(step)) - y_BC).square().mean().backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is None and not (rest[step] and name.startswith("motion")):
+                parameter.grad = torch.zeros_like(parameter)
+        nn.utils.clip_grad_norm_(model.parameters(), toy.SPEC.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = toy.rate(step)
+        optimizer.step()
+    assert sum(map(bool, rest)) == 2 and toy.still(8), "one batch of images also comes where nothing rests"
+    for rank in results:
+        run = rank[sharding]["resting"]
+        for name, value in model.named_parameters():
+            torch.testing.assert_close(run["weights"][name], value.detach(), rtol=0, atol=1e-6)
+            assert run["counts"][name] == toy.STEPS - 2 * name.startswith("motion")
+        for step, names in enumerate(run["kept"]):
+            assert all(name.startswith("motion") for name in names) and bool(names) <= bool(rest[step])
+    for step in range(toy.STEPS):
+        kept = {name for rank in results for name in rank[sharding]["resting"]["kept"][step]}
+        assert kept == ({"motion.weight", "motion.bias"} if rest[step] else set())
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)

@@ -53,6 +53,7 @@ def test_an_image_batch_has_its_own_size():
     schedule = Schedule([Stage(name="joint", steps=5, clip=RULE, image_share=0.2, image_batch=64)], 4, 0)
     plans = [schedule.plan(step) for step in range(5)]
     assert [(plan.clips, plan.rule.frames) for plan in plans] == [*[(4, 5)] * 4, (64, 1)]
+    assert [plan.per_clip for plan in plans] == [1, 1, 1, 1, 5]
     assert [plan.place for plan in plans] == [0, 4, 8, 12, 16]
     assert schedule.clips == 4 * 4 + 64
 
@@ -69,6 +70,12 @@ def test_trains_takes_patterns_and_freeze_wins():
     assert stage.trains("encoder.key.weight")
     assert not stage.trains("encoder.motion.weight")
     assert not stage.trains("decoder.weight")
+
+
+def test_parameters_rest_only_where_there_are_images():
+    stage = Stage(name="joint", steps=5, clip=RULE, image_share=0.2, image_freeze=("*.temporal.*",))
+    assert stage.rests("encoder.temporal.weight") and not stage.rests("encoder.conv.weight")
+    assert not stage.model_copy(update={"image_share": 0.0}).rests("encoder.temporal.weight")
 
 
 def test_supervised_frames_must_lie_in_the_clip():

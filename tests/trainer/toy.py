@@ -36,13 +36,18 @@ class ToyStage:
     name: str
     steps: int
     freeze: tuple[str, ...] = ()
+    rest: tuple[str, ...] = ()
 
     def trains(self, parameter: str) -> bool:
         return not parameter.startswith(self.freeze or ("-",))
 
+    def rests(self, parameter: str) -> bool:
+        return bool(self.rest) and parameter.startswith(self.rest)
+
 
 STAGES = (ToyStage("still", 3, ("motion",)), ToyStage("motion", 4, ("enc", "scale")), ToyStage("all", 3))
 STEPS = sum(stage.steps for stage in STAGES)
+RESTING = (ToyStage("joint", 7, rest=("motion",)), ToyStage("all", 3))
 
 
 def stage_of(step: int) -> ToyStage:
