@@ -1,0 +1,102 @@
+"""VideoVAE+ in the loop, on two ranks: image batches between videos, what rests in them, resuming around them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.trainer.test_loop import Runs
+from trainer import checkpoint
+from trainer.checkpoint import Checkpoint
+
+STEPS = {"video": 2, "joint": 4, "cross-modal": 2}
+JOINT, CROSS, LAST = 2, 6, 8
+IMAGES = (3, 5)
+"""Steps of image batches."""
+
+
+@pytest.fixture(scope="module")
+def runs(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("videovaeplus")
+    losses = {"l1": 1, "lpips": 0, "kl": 1e-6}
+    adversary = {"network": {"width": 4, "layers": 2}}
+    plain = {
+        "name": "videovaeplus",
+        "recipe": "videovaeplus",
+        "model": {
+            "latent_channels": 4, "width": 4, "multipliers": [1, 2, 2], "blocks": 1, "groups": 2, "temporal_width": 4,
+            "text": {"width": 6, "heads": 1, "head_width": 4}, "recompute": True, "perceptual": None,
+        },
+        "data": {"train": str(small_dataset)},
+        "batch": 3,
+        "micro_batch": 1,
+        "precision": "fp32",
+        "ema": 0.9,
+        "optimizer": {"lr": 1e-3, "warmup": 0},
+        "clip": {"frames": 4, "stride": [1, 1], "sizes": [[16, 16]]},
+        "stages": {
+            "video": {"steps": STEPS["video"], "losses": losses, "adversary": adversary | {"start": 1}},
+            "joint": {"steps": STEPS["joint"], "losses": losses, "adversary": adversary, "image_share": 0.5,
+                      "image_batch": 8},
+            "cross-modal": {"steps": STEPS["cross-modal"], "losses": losses, "adversary": adversary},
+        },
+        "checkpoint": {"every_steps": 1, "keep": LAST},
+        "failure": {"hang_seconds": 60},
+        "telemetry": {"log_every": 1, "tensorboard": False},
+        "trace": True,
+    }  # fmt: skip
+    (folder / "videovaeplus.json").write_text(json.dumps(plain))
+    return Runs(folder, folder / "videovaeplus.json")
+
+
+@pytest.fixture(scope="module")
+def whole(runs: Runs) -> Callable[[int], str]:
+    def named(zero: int) -> str:
+        name = f"whole-zero{zero}"
+        if not Path(runs.url(name)).exists():
+            runs.train(name, 2, f"zero.stage={zero}")
+        return name
+
+    return named
+
+
+def at(runs: Runs, name: str, step: int) -> str:
+    return f"{runs.url(name)}/checkpoints/step-{step:08d}"
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_image_batches_leave_the_temporal_parts_alone(runs: Runs, whole: Callable[[int], str], zero: int) -> None:
+    name = whole(zero)
+    weights = [checkpoint.load_weights(at(runs, name, step)) for step in range(1, LAST + 1)]
+    names = set(weights[0])
+    temporal, text = {n for n in names if "temporal" in n}, {n for n in names if "text." in n}
+    for step in range(1, LAST):
+        still = {n for n in names if torch.equal(weights[step - 1][n], weights[step][n])}
+        assert (still & text == text) == (step < CROSS)
+        assert (still >= temporal) == (step in IMAGES), step
+        assert "encoder.conv_in.weight" not in still
+    counts = {n: entry["step"] for n, entry in Checkpoint(at(runs, name, CROSS)).engines["model"]["parameters"].items()}
+    assert counts["encoder.conv_in.weight"] == CROSS and counts["temporal_encoder.conv_in.weight"] == CROSS - 2
+    assert counts["text.token_D"] is None
+
+
+@pytest.mark.parametrize(("zero", "step"), [(1, 4), (2, 3), (3, 4), (3, CROSS)])
+def test_resuming_around_image_batches_is_bit_identical(
+    runs: Runs, whole: Callable[[int], str], zero: int, step: int
+) -> None:
+    name = runs.cut(f"cut-zero{zero}-{step}", whole(zero), step)
+    runs.train(name, 2, f"zero.stage={zero}")
+    assert list(runs.losses(name, attempt=2)) == list(range(step, LAST))
+    assert runs.losses(name) == runs.losses(whole(zero))
+    assert runs.fingerprint(name) == runs.fingerprint(whole(zero))
+
+
+def test_one_rank_without_recomputing_trains_the_same(runs: Runs, whole: Callable[[int], str]) -> None:
+    runs.train("alone", 1, "zero.stage=0", "model.recompute=false")
+    for step, line in runs.losses(whole(3)).items():
+        for found, expected in zip(runs.losses("alone")[step], line, strict=True):
+            assert found == pytest.approx(expected, rel=2e-3, abs=1e-5), step
