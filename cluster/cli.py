@@ -357,6 +357,9 @@ def evaluate(
         bool, typer.Option("--entropy", help="Also Shannon entropy: of frames, of motion and residual, of latents.")
     ] = False,
     sets: ModelSets = None,
+    by: Annotated[
+        str | None, typer.Option(help="motion: also thirds of the clips, from least to most motion.", metavar="motion")
+    ] = None,
     runs: Runs = "./runs",
     as_json: Json = False,
 ) -> None:
@@ -364,6 +367,8 @@ def evaluate(
     from trainer import examine
     from trainer import run as folder
 
+    if by not in (None, "motion"):
+        raise InputError(f"--by {by}: clips are split by motion; write --by motion", status=2)
     url, run_url = _checkpoint(checkpoint, runs)
     if i3d_batch and not i3d:
         raise InputError("--i3d-batch needs --i3d, the network's path", status=2)
@@ -383,6 +388,8 @@ def evaluate(
     out.print(report.table())
     for table in report.entropies.tables() if report.entropies else ():
         out.print(table)
+    if by:
+        out.print(report.by_motion())
     err.print(f"{run_url}/evaluation.json, pictures in {run_url}/samples")
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pipelines.contracts import Batch, Clip, Source
 from pipelines.faults import InputError
+from pipelines.shots import LONG_SIDE
 from trainer.entropy import Entropies
 from trainer.losses.perceptual import Perceptual
 from trainer.quality import Row, Tally, VideoFeatures, gather_json, margin, measure
@@ -132,6 +133,32 @@ class Report:
             table.add_row(TITLES.get(name, name), *cells, style="bold" if name == "model" else None)
         return table
 
+    def by_motion(self) -> Table:
+        """For a terminal: the parts of the clips by motion, a row a method."""
+        table = Table(title="by motion", caption="motion: mean absolute difference of neighbouring frames, of 1")
+        table.add_column("part")
+        for heading in ("motion", "clips"):
+            table.add_column(heading, justify="right")
+        table.add_column("method")
+        for heading in ("PSNR dB", "SSIM", "LPIPS"):
+            table.add_column(heading, justify="right")
+        count = len(self.values["by_motion"])
+        names = {1: ["all"], 2: ["least motion", "most motion"]}.get(count, ["least motion", "middle", "most motion"])
+        for at, part in enumerate(names):
+            for name, line in self.methods():
+                third = line["by_motion"][at]
+                told = (part, "{:.4f} to {:.4f}".format(*third["motion"]), str(third["clips"]))
+                table.add_row(
+                    *(told if name == "model" else ("", "", "")),
+                    TITLES.get(name, name),
+                    _with_interval(third, "psnr_db", 2),
+                    _with_interval(third, "ssim", 4),
+                    _shown(third["lpips"], 4),
+                    style="bold" if name == "model" else None,
+                )
+            table.add_section()
+        return table
+
     def _remarks(self) -> Iterator[str]:
         yield f"LPIPS backbone: {self.values['lpips_backbone']}; flicker in grey levels of 255; ± is the 95% interval"
         for name, line in self.values["baselines"].items():
@@ -159,8 +186,8 @@ def evaluate(
     it is called once a clip, without gradients. The budget is the mean of what was spent, and the baselines, which come
     second, have that. ``perceptual`` and ``fvd`` must be on ``device``. Where torch.distributed runs, ``clips`` are
     this rank's share (possibly none) and the report, the same on every rank, is that of all shares; a batch of weight 0
-    and a place that comes twice keep ranks in step without counting twice. ``progress`` hears how many clips this rank
-    has done.
+    and a place that comes twice keep ranks in step without counting twice. A clip whose dataset has no motion score
+    takes that of its pixels, :func:`moved`. ``progress`` hears how many clips this rank has done.
 
     Raises InputError where there are no clips or their shapes differ.
     """
@@ -216,9 +243,21 @@ def _row(
         perceptual,
         place=place,
         source=str(source),
-        motion=motion,
+        motion=motion or moved(pixels_1CTHW),
         features={convention: (real[convention], fake[convention]) for convention in real},
     )
+
+
+def moved(pixels_1CTHW: Tensor) -> float:
+    """The packer's motion score, of a clip's own frames: mean absolute difference of neighbours in luma, in [0, 1], on
+    frames whose longer side is at most 160 pixels; 0 for one frame.
+    """
+    luma_3 = pixels_1CTHW.new_tensor([0.299, 0.587, 0.114])
+    luma_T1HW = torch.einsum("bcthw,c->tbhw", pixels_1CTHW[:1], luma_3) / 2
+    *_, height, width = luma_T1HW.shape
+    shrink = min(1.0, LONG_SIDE / max(height, width))
+    small_T1HW = F.interpolate(luma_T1HW, (max(1, round(height * shrink)), max(1, round(width * shrink))), mode="area")
+    return float((small_T1HW[1:] - small_T1HW[:-1]).abs().mean()) if len(small_T1HW) > 1 else 0.0
 
 
 def _report(

@@ -215,13 +215,16 @@ def margin(rows: Iterable[Row], others: Iterable[Row]) -> dict[str, Any]:
 
 
 def _by_motion(rows: Sequence[Row], own: Sequence[dict[str, float]]) -> list[dict[str, Any]]:
-    """Thirds of the clips from least to most motion; fewer where there are fewer than three clips."""
+    """Thirds of the clips from least to most motion, each with the 95% intervals of its means; fewer where there are
+    fewer than three clips.
+    """
     order = sorted(range(len(rows)), key=lambda i: (rows[i].motion, rows[i].place))
     parts = min(3, len(rows))
     thirds = [order[len(order) * k // parts : len(order) * (k + 1) // parts] for k in range(parts)]
     return [
         {"motion": [rows[third[0]].motion, rows[third[-1]].motion], "clips": len(third)}
         | {name: _known(_mean([own[i][name] for i in third])) for name in MEASURES}
+        | {"confidence": {name: interval([own[i][name] for i in third]) for name in MEASURES}}
         for third in thirds
     ]
 

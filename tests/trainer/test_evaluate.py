@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from pipelines.contracts import Batch, BatchPlan, Clip, ClipRule, Source
 from pipelines.faults import InputError
-from trainer.evaluate import Report, baselines, evaluate, largest_size
+from trainer.evaluate import Report, baselines, evaluate, largest_size, moved
 from trainer.losses import Perceptual, PerceptualSpec
 from trainer.quality import FvdSpec, VideoFeatures
 
@@ -137,6 +138,32 @@ def shown(report: Report) -> str:
     console = Console(width=140, file=io.StringIO())
     console.print(report.table())
     return console.file.getvalue()
+
+
+def test_clips_are_split_by_motion_in_the_table_too(perceptual):
+    report = evaluate(spending(dim), [clip(place) for place in range(7)], perceptual=perceptual)
+    parts = report.values["by_motion"]
+    assert [part["clips"] for part in parts] == [2, 2, 3]
+    assert parts[0]["motion"][1] <= parts[1]["motion"][0] and parts[1]["motion"][1] <= parts[2]["motion"][0]
+    for part in parts:
+        low, high = part["confidence"]["psnr_db"]
+        assert low < part["psnr_db"] < high
+    console = Console(width=140, file=io.StringIO())
+    console.print(report.by_motion())
+    text = console.file.getvalue()
+    assert text.count("this model") == text.count("bicubic down and up") == 3
+    for part, name in zip(parts, ("least motion", "middle", "most motion"), strict=True):
+        assert any(name in line and f"{part['psnr_db']:.2f}" in line for line in text.splitlines())
+
+
+def test_a_clip_without_a_score_takes_that_of_its_frames(perceptual):
+    still = torch.full((1, 3, 4, 32, 32), -0.5)
+    moving = still + torch.arange(4).view(1, 1, 4, 1, 1) * 0.1
+    assert moved(still) == 0 and moved(moving) == pytest.approx(0.05, rel=1e-5) and moved(still[:, :, :1]) == 0
+    clips = [dataclasses.replace(clip(place), motion=0.0) for place in range(3)]
+    report = evaluate(spending(dim), clips, perceptual=perceptual)
+    scores = [line["motion"] for line in report.values["per_clip"]]
+    assert scores == [pytest.approx(moved(c.pixels_CTHW[None])) for c in clips] and all(scores)
 
 
 def test_table_shows_every_method_with_budget_and_backbone(perceptual):
