@@ -52,6 +52,12 @@ Cluster = Annotated[
     str, typer.Option("--cluster", metavar="CLUSTER", help="local, http://HOST:8265 (Ray's dashboard) or kubernetes.")
 ]
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Show what it says until it ends.")]
+Caption = Annotated[
+    str | None, typer.Option("--caption", metavar="TEXT", help="What the video shows, for a model that reads text.")
+]
+Encoder = Annotated[
+    str, typer.Option("--text-encoder", help="The T5 encoder that read the training captions: a folder or a hub name.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
@@ -360,6 +366,9 @@ def evaluate(
     by: Annotated[
         str | None, typer.Option(help="motion: also thirds of the clips, from least to most motion.", metavar="motion")
     ] = None,
+    captions: Annotated[
+        bool, typer.Option("--captions/--no-captions", help="Whether a model that reads text gets the clips' captions.")
+    ] = True,
     runs: Runs = "./runs",
     as_json: Json = False,
 ) -> None:
@@ -379,7 +388,7 @@ def evaluate(
         report = examine.evaluate_checkpoint(
             url, dataset, run_url=run_url, frames=frames, count=clips, sets=sets or (),
             lpips={"backbone": lpips, "weights": lpips_weights},
-            fvd={"i3d": i3d, "per_batch": i3d_batch} if i3d else None, entropies=entropy,
+            fvd={"i3d": i3d, "per_batch": i3d_batch} if i3d else None, entropies=entropy, captions=captions,
             progress=lambda done: status.update(f"evaluating … {done} clips"), warn=_warn,
         )  # fmt: skip
     if as_json:
@@ -399,6 +408,8 @@ def reconstruct(
     video: Annotated[str, typer.Argument(help="Video of any length and size.")],
     to: Annotated[str, typer.Argument(metavar="OUT.mp4", help="Where the mp4 goes.")],
     alone: Annotated[bool, typer.Option("--alone", help="The reconstruction alone, not beside the original.")] = False,
+    caption: Caption = None,
+    text_encoder: Encoder = "google/flan-t5-large",
     sets: ModelSets = None,
     runs: Runs = "./runs",
     as_json: Json = False,
@@ -407,7 +418,11 @@ def reconstruct(
     from trainer import codec as codecs
 
     codec = codecs.load(_checkpoint(checkpoint, runs)[0], sets=sets or (), warn=_warn)
-    _coded(lambda show: codecs.reconstruct_file(codec, video, to, beside=not alone, progress=show), to, as_json)
+    text = _text(codec, caption, text_encoder)
+    _coded(
+        lambda show: codecs.reconstruct_file(codec, video, to, beside=not alone, progress=show, caption_emb_1LD=text),
+        to, as_json,
+    )  # fmt: skip
 
 
 @app.command()
@@ -430,6 +445,8 @@ def encode(
     size: Annotated[
         str | None, typer.Option(metavar="HxW", help="Of a dataset: pixels; by default the codec's last stage's.")
     ] = None,
+    caption: Caption = None,
+    text_encoder: Encoder = "google/flan-t5-large",
     sets: ModelSets = None,
     runs: Runs = "./runs",
     as_json: Json = False,
@@ -446,8 +463,15 @@ def encode(
                 f"encode CHECKPOINT VIDEO OUT.safetensors takes two paths; here are {len(paths)}", status=2
             )
         codec = codecs.load(url, sets=sets or (), warn=_warn)
-        _coded(lambda show: codecs.encode_file(codec, paths[0], paths[1], show), paths[1], as_json)
+        text = _text(codec, caption, text_encoder)
+        _coded(
+            lambda show: codecs.encode_file(codec, paths[0], paths[1], show, caption_emb_1LD=text), paths[1], as_json
+        )
         return
+    if caption is not None:
+        raise InputError(
+            "--caption belongs to one video; --dataset takes the captions that lie beside the clips", status=2
+        )
     if len(paths) != 1:
         raise InputError(f"encode CHECKPOINT --dataset DATASET DEST takes one path; here are {len(paths)}", status=2)
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -516,6 +540,8 @@ def decode(
     checkpoint: CodecUrl,
     latents: Annotated[str, typer.Argument(help="Latents that `moviola encode` wrote with the same weights.")],
     to: Annotated[str, typer.Argument(metavar="OUT.mp4", help="Where the mp4 goes.")],
+    caption: Caption = None,
+    text_encoder: Encoder = "google/flan-t5-large",
     sets: ModelSets = None,
     runs: Runs = "./runs",
     as_json: Json = False,
@@ -524,7 +550,19 @@ def decode(
     from trainer import codec as codecs
 
     codec = codecs.load(_checkpoint(checkpoint, runs)[0], sets=sets or (), warn=_warn)
-    _coded(lambda show: codecs.decode_file(codec, latents, to, show), to, as_json)
+    text = _text(codec, caption, text_encoder)
+    _coded(lambda show: codecs.decode_file(codec, latents, to, show, caption_emb_1LD=text), to, as_json)
+
+
+def _text(codec: Any, caption: str | None, encoder: str) -> Any:
+    """The caption's embedding (1, L, D), None without one; raises InputError for a model that reads no text."""
+    if caption is None:
+        return None
+    if getattr(codec.recipe.config, "text", None) is None:
+        raise InputError(f"--caption: this {codec.recipe.name} reads no text; leave it out", status=2)
+    from pipelines.captions import TextEncoder
+
+    return TextEncoder(encoder)([caption])[0][None]
 
 
 def _coded(work: Callable[[Callable[[int], None]], Any], to: str, as_json: bool) -> None:

@@ -56,8 +56,13 @@ class Codec:
     def encode(
         self, frames_1CTHW: Tensor | Iterable[Tensor], caption_emb_1LD: Tensor | None = None
     ) -> Iterator[Latent]:
-        """Latents of a video, or of a stream of chunks of it, in [-1, 1]; each is yielded as early as it can be."""
-        yield from self.recipe.encode(self.model, map(self._pad, _chunks(frames_1CTHW)), caption_emb_1LD)
+        """Latents of a video, or of a stream of chunks of it, in [-1, 1]; each is yielded as early as it can be.
+
+        ``caption_emb_1LD`` is for recipes that read text; None is no caption.
+        """
+        yield from self.recipe.encode(
+            self.model, map(self._pad, _chunks(frames_1CTHW)), _moved(caption_emb_1LD, self.device)
+        )
 
     @torch.no_grad()
     def decode(
@@ -66,17 +71,18 @@ class Codec:
         """Chunks (1, C, t, H, W) in [-1, 1] on the codec's device, cropped to ``size`` (height, width)."""
         height, width = size
         moved = ({name: tensor.to(self.device) for name, tensor in latent.items()} for latent in stream)
-        for pixels_1CTHW in self.recipe.decode(self.model, moved, caption_emb_1LD):
+        for pixels_1CTHW in self.recipe.decode(self.model, moved, _moved(caption_emb_1LD, self.device)):
             yield pixels_1CTHW[..., :height, :width]
 
-    def reconstruct(self, frames_1CTHW: Tensor) -> Tensor:
+    def reconstruct(self, frames_1CTHW: Tensor, caption_emb_1LD: Tensor | None = None) -> Tensor:
         """Encodes and decodes a video that fits in memory; the same shape, on the CPU."""
-        return self.round_trip(frames_1CTHW)[0]
+        return self.round_trip(frames_1CTHW, caption_emb_1LD)[0]
 
-    def round_trip(self, frames_1CTHW: Tensor) -> tuple[Tensor, int]:
+    def round_trip(self, frames_1CTHW: Tensor, caption_emb_1LD: Tensor | None = None) -> tuple[Tensor, int]:
         """The reconstruction, and how many latent numbers it was made from."""
         coded = Coded()
-        chunks = self.decode(_counted(self.encode(frames_1CTHW), coded), tuple(frames_1CTHW.shape[-2:]))
+        stream = _counted(self.encode(frames_1CTHW, caption_emb_1LD), coded)
+        chunks = self.decode(stream, tuple(frames_1CTHW.shape[-2:]), caption_emb_1LD)
         return torch.cat([chunk.cpu() for chunk in chunks], dim=2), coded.numbers
 
     def digest(self) -> str:
@@ -99,6 +105,10 @@ class Codec:
 def fastest() -> str:
     """The device for long work: a GPU where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
 
 
 def _chunks(frames_1CTHW: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
@@ -203,7 +213,14 @@ def _apart(source: str, out: str) -> None:
         raise InputError(f"{storage.redact(out)} is the file to read; name another one to write", status=2)
 
 
-def encode_file(codec: Codec, video: str, out: str, progress: Progress = lambda frames: None) -> Coded:
+def encode_file(
+    codec: Codec,
+    video: str,
+    out: str,
+    progress: Progress = lambda frames: None,
+    *,
+    caption_emb_1LD: Tensor | None = None,
+) -> Coded:
     """Encodes a video to a latents file; raises InputError for what can't be read or written."""
     _apart(video, out)
     with footage.reader(video) as source:
@@ -214,12 +231,19 @@ def encode_file(codec: Codec, video: str, out: str, progress: Progress = lambda 
             shape = {"frames": coded.frames, "height": coded.height, "width": coded.width, "fps": source.fps}
             return made | {name: str(value) for name, value in shape.items()}
 
-        stream = _counted(codec.encode(_watched(source, coded, progress)), coded)
+        stream = _counted(codec.encode(_watched(source, coded, progress), caption_emb_1LD), coded)
         latents.save(out, stream, metadata)
     return coded
 
 
-def decode_file(codec: Codec, file: str, out: str, progress: Progress = lambda frames: None) -> Coded:
+def decode_file(
+    codec: Codec,
+    file: str,
+    out: str,
+    progress: Progress = lambda frames: None,
+    *,
+    caption_emb_1LD: Tensor | None = None,
+) -> Coded:
     """Decodes a latents file to an mp4; raises InputError for latents of other weights."""
     _apart(file, out)
     with latents.opened(file) as (metadata, stream):
@@ -232,7 +256,7 @@ def decode_file(codec: Codec, file: str, out: str, progress: Progress = lambda f
         fps, height, width = Fraction(metadata["fps"]), int(metadata["height"]), int(metadata["width"])
         coded = Coded(height=height, width=width, fps=float(fps))
         with footage.writer(out, fps, height, width) as video:
-            for pixels_1CTHW in codec.decode(_counted(stream, coded), (height, width)):
+            for pixels_1CTHW in codec.decode(_counted(stream, coded), (height, width), caption_emb_1LD):
                 video.add(pixels_1CTHW)
                 coded.frames = video.frames
                 progress(coded.frames)
@@ -240,7 +264,13 @@ def decode_file(codec: Codec, file: str, out: str, progress: Progress = lambda f
 
 
 def reconstruct_file(
-    codec: Codec, video: str, out: str, *, beside: bool = True, progress: Progress = lambda frames: None
+    codec: Codec,
+    video: str,
+    out: str,
+    *,
+    beside: bool = True,
+    progress: Progress = lambda frames: None,
+    caption_emb_1LD: Tensor | None = None,
 ) -> Coded:
     """Encodes and decodes a video in one pass and writes an mp4; ``beside`` puts the original on the left."""
     _apart(video, out)
@@ -254,7 +284,7 @@ def reconstruct_file(
                 yield frame_1CTHW
 
         size, error = (source.height, source.width), 0.0
-        stream = codec.decode(_counted(codec.encode(kept()), coded), size)
+        stream = codec.decode(_counted(codec.encode(kept(), caption_emb_1LD), coded), size, caption_emb_1LD)
         with footage.writer(out, source.fps, source.height, source.width * (2 if beside else 1)) as made:
             for pixels_1CTHW in stream:
                 for x_1C1HW in pixels_1CTHW.cpu().split(1, dim=2):

@@ -171,7 +171,7 @@ class Report:
 
 
 def evaluate(
-    code: Callable[[Tensor], tuple[Tensor, int]],
+    code: Callable[..., tuple[Tensor, int]],
     clips: Iterable[Batch | Clip],
     *,
     perceptual: Perceptual,
@@ -183,21 +183,22 @@ def evaluate(
     """Measures ``code`` on ``clips``, which all have one shape; they are gone through twice.
 
     ``code`` maps (1, 3, T, H, W) in [-1, 1] on ``device`` to the same and to how many latent numbers were spent on it;
-    it is called once a clip, without gradients. The budget is the mean of what was spent, and the baselines, which come
-    second, have that. ``perceptual`` and ``fvd`` must be on ``device``. Where torch.distributed runs, ``clips`` are
-    this rank's share (possibly none) and the report, the same on every rank, is that of all shares; a batch of weight 0
-    and a place that comes twice keep ranks in step without counting twice. A clip whose dataset has no motion score
-    takes that of its pixels, :func:`moved`. ``progress`` hears how many clips this rank has done.
+    it is called once a clip, without gradients, with the embedding (1, L, D) of the clip's caption as a second argument
+    where it has one. The budget is the mean of what was spent, and the baselines, which come second, have that.
+    ``perceptual`` and ``fvd`` must be on ``device``. Where torch.distributed runs, ``clips`` are this rank's share
+    (possibly none) and the report, the same on every rank, is that of all shares; a batch of weight 0 and a place that
+    comes twice keep ranks in step without counting twice. A clip whose dataset has no motion score takes that of its
+    pixels, :func:`moved`. ``progress`` hears how many clips this rank has done.
 
     Raises InputError where there are no clips or their shapes differ.
     """
     mine, shape, spent, real = Tally(), [], {}, {}
     with torch.no_grad():
-        for done, (pixels_1CTHW, place, source, motion, counts) in enumerate(_one_by_one(clips), 1):
+        for done, (pixels_1CTHW, place, source, motion, caption, counts) in enumerate(_one_by_one(clips), 1):
             pixels_1CTHW = pixels_1CTHW.to(device)
             shape = shape or list(pixels_1CTHW.shape[2:])
             _same_shape(shape, list(pixels_1CTHW.shape[2:]), source)
-            result_1CTHW, numbers = code(pixels_1CTHW)
+            result_1CTHW, numbers = code(pixels_1CTHW, *caption)
             if counts:
                 spent[place] = numbers
                 real[place] = fvd(pixels_1CTHW[0]) if fvd else {}
@@ -215,7 +216,7 @@ def evaluate(
         model = Tally.from_json(line for share in shares for line in share["tally"])
         rivals = baselines(*shape, numbers_per_frame=math.fsum(spent.values()) / len(spent) / shape[0])
         tallies = {rival.name: Tally() for rival in rivals}
-        for pixels_1CTHW, place, source, motion, counts in _one_by_one(clips) if rivals else ():
+        for pixels_1CTHW, place, source, motion, _, counts in _one_by_one(clips) if rivals else ():
             pixels_1CTHW = pixels_1CTHW.to(device)
             for rival in rivals if counts else ():
                 result_1CTHW = rival.reconstruct(pixels_1CTHW)
@@ -295,15 +296,20 @@ def _same_shape(expected: list[int], found: list[int], source: Source | str) -> 
         )
 
 
-def _one_by_one(clips: Iterable[Batch | Clip]) -> Iterator[tuple[Tensor, int, Source, float, bool]]:
-    """Pixels (1, C, T, H, W), place, source, motion, and whether the clip counts."""
+def _one_by_one(clips: Iterable[Batch | Clip]) -> Iterator[tuple[Tensor, int, Source, float, list[Tensor], bool]]:
+    """Pixels (1, C, T, H, W), place, source, motion, the caption's embedding (1, L, D), whether the clip counts."""
     for item in clips:
         if isinstance(item, Clip):
-            yield item.pixels_CTHW[None], item.place, item.source, item.motion, True
-        else:
-            motions = item.motion_B.tolist()
-            for b, (place, source) in enumerate(zip(item.places, item.sources, strict=True)):
-                yield item.pixels_BCTHW[b : b + 1], place, source, motions[b], item.weight > 0
+            caption = [] if item.caption_emb_LD is None else [item.caption_emb_LD[None]]
+            yield item.pixels_CTHW[None], item.place, item.source, item.motion, caption, True
+            continue
+        motions = item.motion_B.tolist()
+        for b, (place, source) in enumerate(zip(item.places, item.sources, strict=True)):
+            tokens_L = None if item.caption_mask_BL is None else item.caption_mask_BL[b]
+            caption = []
+            if item.caption_emb_BLD is not None and tokens_L is not None and tokens_L.any():
+                caption = [item.caption_emb_BLD[b : b + 1, tokens_L]]
+            yield item.pixels_BCTHW[b : b + 1], place, source, motions[b], caption, item.weight > 0
 
 
 def _shape(shape: list[int]) -> str:

@@ -40,7 +40,7 @@ class Group(Protocol):
 @dataclass(frozen=True)
 class FixedClips:
     """The same clips each time that they are gone through: ``count`` spread evenly over the dataset (None: all),
-    central crops, no flip.
+    central crops, no flip; with the embeddings of their captions, unless ``captions`` says not.
 
     Of several ranks each takes its share of them. A clip that is too short for the rule is left out; one that can't be
     read raises InputError: a fixed set must not shrink silently.
@@ -52,6 +52,7 @@ class FixedClips:
     count: int | None
     rank: int = 0
     world: int = 1
+    captions: bool = True
 
     def __iter__(self) -> Iterator[Clip]:
         """Reads and decodes them, one after another."""
@@ -63,8 +64,12 @@ class FixedClips:
             source = Source(dataset.name, dataset.files[shard], record["key"].decode())
             begin = int(record["offset"])
             data = storage.read_bytes(dataset.shard_url(shard), begin, begin + int(record["bytes"]))
+            caption = None
+            if self.captions and record["caption_bytes"]:
+                begin = int(record["caption_offset"])
+                caption = storage.read_bytes(dataset.shard_url(shard), begin, begin + int(record["caption_bytes"]))
             try:
-                yield cutting.make_clip(data, record, self.rule, self.size, 0, clip, source)
+                yield cutting.make_clip(data, record, self.rule, self.size, 0, clip, source, caption=caption)
             except Skip as skip:
                 if skip.reason != "short":
                     raise InputError(
@@ -83,6 +88,7 @@ def evaluate_checkpoint(
     sets: Sequence[str] = (),
     lpips: Mapping[str, Any] | None = None,
     fvd: Mapping[str, Any] | None = None,
+    captions: bool = True,
     device: str = "cpu",
     entropies: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -94,7 +100,8 @@ def evaluate_checkpoint(
     ``sets`` change what changes no weights, and stand in the report as ``set``. ``lpips`` are fields of PerceptualSpec;
     without them AlexNet with random weights, which needs no download and is named in the report. ``fvd`` are fields of
     FvdSpec; without them there is no rFVD. With ``entropies`` the report has what :func:`trainer.entropy.measure`
-    finds. Raises InputError where nothing can be measured.
+    finds. A recipe that reads text gets the clips' captions, unless ``captions`` says not. Raises InputError where
+    nothing can be measured.
     """
     trained = open_model(url, ema=ema, sets=sets, warn=warn)
     recipe = codec_of(trained.recipe, storage.redact(url))
@@ -104,7 +111,7 @@ def evaluate_checkpoint(
     codec = Codec(recipe, trained.model, device=device)
     report = evaluate(
         codec.round_trip,
-        FixedClips(dataset, rule, size, count),
+        FixedClips(dataset, rule, size, count, captions=captions),
         perceptual=Perceptual(spec).to(device),
         fvd=VideoFeatures(FvdSpec.model_validate(fvd), device) if fvd else None,
         device=device,

@@ -166,6 +166,21 @@ def test_a_clip_without_a_score_takes_that_of_its_frames(perceptual):
     assert scores == [pytest.approx(moved(c.pixels_CTHW[None])) for c in clips] and all(scores)
 
 
+def test_a_caption_goes_with_its_clip(perceptual):
+    heard = []
+
+    def reconstruct(x, caption=None):
+        heard.append(None if caption is None else caption.shape[1])
+        return x, 1000
+
+    clips = [dataclasses.replace(clip(at), caption_emb_LD=torch.ones(at, 4) if at else None) for at in range(3)]
+    evaluate(reconstruct, clips, perceptual=perceptual)
+    emb, mask = torch.zeros(3, 2, 4), torch.tensor([[False, False], [True, False], [True, True]])
+    together = dataclasses.replace(batch(clips), caption_emb_BLD=emb, caption_mask_BL=mask)
+    evaluate(reconstruct, [together], perceptual=perceptual)
+    assert heard == [None, 1, 2] * 2
+
+
 def test_table_shows_every_method_with_budget_and_backbone(perceptual):
     report = evaluate(spending(dim), [clip(place) for place in range(3)], perceptual=perceptual)
     text = shown(report)

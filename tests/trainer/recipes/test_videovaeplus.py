@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pipelines.contracts import Batch, BatchPlan, Source, generator
 from pipelines.faults import InputError
 from trainer import plan
+from trainer.codec import Codec
 from trainer.losses import gaussian_kl
 from trainer.manifest import load as load_manifest
 from trainer.recipe import Recipe, counted, load
@@ -517,6 +518,16 @@ def test_a_video_of_any_length_is_coded_in_windows(frames: int, windows: list[in
     with torch.no_grad():
         first = model(clip[:, :, : windows[0]], None, emb, mask).pixels_B3THW.clamp(-1, 1)
     torch.testing.assert_close(made[:, :, : windows[0]], first, rtol=0, atol=1e-5)
+
+
+def test_the_codec_hands_the_caption_on() -> None:
+    recipe = recipe_of(window=8, text=TEXT)
+    codec, clip = Codec(recipe, shaken(recipe)), footage(frames=8)
+    emb = torch.randn(1, 2, 6, generator=generator(0, 0, "test/codec"))
+    with torch.no_grad():
+        wanted = codec.model(clip, None, emb, torch.ones(1, 2, dtype=torch.bool)).pixels_B3THW.clamp(-1, 1)
+    torch.testing.assert_close(codec.reconstruct(clip, emb), wanted, rtol=0, atol=1e-5)
+    assert (codec.reconstruct(clip) - wanted).abs().max() > 1e-2
 
 
 def test_encoding_holds_one_window_and_yields_early() -> None:
