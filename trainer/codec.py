@@ -144,7 +144,7 @@ def load(
     except (KeyError, TypeError, ValidationError):
         raise InputError(f"{storage.redact(url)}/{CONFIG} was changed or cut short; export it again") from None
     recipe = manifest.changed_model(recipe, sets)
-    model = recipe.build(seed=0)
+    model = recipes.skeleton(recipe)
     with latents.local(storage.join(url, WEIGHTS)) as path:
         try:
             weights = load_file(path)

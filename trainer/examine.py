@@ -19,6 +19,7 @@ from pipelines import index, storage
 from pipelines.contracts import Clip, ClipRule, Source
 from pipelines.faults import InputError, Skip
 from trainer import checkpoint, entropy, pictures
+from trainer import recipe as recipes
 from trainer.codec import Codec
 from trainer.evaluate import Report, evaluate
 from trainer.losses.perceptual import Perceptual, PerceptualSpec
@@ -156,7 +157,7 @@ class Examination:
         """
         recipe = codec_of(self._manifest.loaded_recipe, self._manifest.name)
         count = self._manifest.evaluation.clips
-        model = recipe.build(self._manifest.seed)
+        model = recipes.skeleton(recipe)
         checkpoint.assign(model, weights)
         codec = Codec(recipe, model, device=self._device)
         report = evaluate(

@@ -31,7 +31,7 @@ def dry_run(manifest: RunManifest) -> dict[str, Any]:
     in ``why``, where a frozen network's weights are out of reach from here). Buffers of libraries come on top.
     """
     recipe, schedule = manifest.loaded_recipe, manifest.schedule
-    model = recipe.build(manifest.seed)
+    model = recipes.skeleton(recipe)
     parts = recipe.parts(model)
     last = schedule.stages[-1]
     rule = last.clip

@@ -238,6 +238,16 @@ def codec_of(recipe: Recipe, where: str) -> CodecRecipe:
     )
 
 
+def skeleton(recipe: Recipe) -> nn.Module:
+    """The model for weights that are assigned afterwards, or not needed: float32 on the CPU.
+
+    A recipe whose ``build`` reads files that only say how training starts has a method ``skeleton()`` that leaves them
+    unread: a trained model needs them no more.
+    """
+    own = getattr(recipe, "skeleton", None)
+    return own() if own is not None else recipe.build(0)
+
+
 def unknown_names(
     stage: Stage, *, losses: Collection[str], knobs: Collection[str] = (), teachers: Collection[str] = ()
 ) -> Iterator[str]:

@@ -179,7 +179,7 @@ def open_model(
     stored = load(run_url)
     assert stored is not None
     recipe = manifest.changed_model(stored.loaded_recipe, sets)
-    model = recipe.build(stored.seed)
+    model = recipes.skeleton(recipe)
     averaged = bool(stored.ema) if ema is None else ema
     checkpoint.assign(model, checkpoint.load_weights(url, ema=averaged, warn=warn))
     return Trained(stored, recipe, model.eval().requires_grad_(False), url)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 
 from pipelines.contracts import Batch, BatchPlan, Source, generator
 from pipelines.faults import InputError
+from trainer import codec as codecs
 from trainer import plan
 from trainer.codec import Codec
 from trainer.losses import gaussian_kl
 from trainer.manifest import load as load_manifest
-from trainer.recipe import Recipe, counted, load
+from trainer.recipe import CodecRecipe, counted, load
 from trainer.recipes import videovaeplus
 from trainer.recipes.videovaeplus import losses, stages
 from trainer.recipes.videovaeplus.config import VideoVaePlusConfig
@@ -132,7 +134,7 @@ def test_the_published_manifests_are_the_published_model(name: str) -> None:
 
 def test_the_recipe_keeps_its_contract() -> None:
     assert load("videovaeplus") is VideoVaePlusRecipe
-    assert isinstance(recipe_of(), Recipe)
+    assert isinstance(recipe_of(), CodecRecipe)
 
 
 def test_build_is_a_function_of_the_seed_alone() -> None:
@@ -181,6 +183,18 @@ def test_first_stage_is_the_image_vae_on_every_frame(tmp_path: Path, channels: i
             torch.testing.assert_close(decoded[:, :, at], net.decode(theirs.mean).sample, rtol=1e-5, atol=1e-5)
     moved = {name for name, _ in model.named_parameters() if "temporal" not in name and "text." not in name}
     assert moved == {name for name, _ in net.named_parameters()}
+
+
+def test_a_trained_model_needs_the_image_vae_no_more(tmp_path: Path) -> None:
+    image_vae(tmp_path, 4, True)
+    recipe = recipe_of(weights={"source": str(tmp_path)})
+    codec = Codec(recipe, shaken(recipe))
+    codecs.export(codec, str(tmp_path / "export"))
+    shutil.rmtree(tmp_path / "vae")
+    before = torch.random.get_rng_state()
+    again = codecs.load(str(tmp_path / "export"))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert again.digest() == codec.digest()
 
 
 def test_an_image_vae_of_another_shape_is_refused_by_field(tmp_path: Path) -> None:
@@ -557,8 +571,9 @@ def test_pictures() -> None:
 def test_dry_run_states_memory_by_part_and_what_recomputing_saves(tmp_path: Path) -> None:
     kept = {}
     for recompute in ("false", "true"):
-        sets = [f"model.recompute={recompute}", "model.width=8", "model.groups=8", "model.temporal_width=8",
-                "model.text.width=16", "model.blocks=1", "model.perceptual=null"]  # fmt: skip
+        sets = [f"model.recompute={recompute}", "model.weights.source=nowhere"]
+        sets += ["model.width=8", "model.groups=8", "model.temporal_width=8", "model.text.width=16", "model.blocks=1"]
+        sets += ["model.perceptual=null"]
         sets += [f"stages.{name}.losses.lpips=0" for name in ("video", "joint", "cross-modal")]
         facts = plan.dry_run(load_manifest(ROOT / "manifests/videovaeplus_16z_text_smoke.yaml", sets))
         (memory,) = facts["memory"]

@@ -65,6 +65,11 @@ class DecoVaeRecipe:
             torch.manual_seed(derive(seed, 0, "decovae/weights"))
             return DecoVae(self.config)
 
+    def skeleton(self) -> nn.Module:
+        """The model without the motion module's file."""
+        motion = self.config.motion.model_copy(update={"weights": None})
+        return DecoVaeRecipe(self.config.model_copy(update={"motion": motion})).build(0)
+
     def teachers(self) -> nn.ModuleDict:
         """LPIPS, unless ``model.perceptual`` is null."""
         spec = self.config.perceptual

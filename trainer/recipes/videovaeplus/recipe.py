@@ -59,6 +59,10 @@ class VideoVaePlusRecipe:
             torch.manual_seed(derive(seed, 0, "videovaeplus/weights"))
             return VideoVaePlus(self.config)
 
+    def skeleton(self) -> nn.Module:
+        """The model without the image autoencoder's weights."""
+        return VideoVaePlusRecipe(self.config.model_copy(update={"weights": None})).build(0)
+
     def teachers(self) -> nn.ModuleDict:
         """LPIPS, unless ``model.perceptual`` is null."""
         spec = self.config.perceptual
