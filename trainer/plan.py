@@ -22,6 +22,9 @@ from trainer.manifest import RunManifest
 from trainer.recipe import LatentSpec
 from trainer.run import models_of
 
+MEMORY = ("weights", "gradients", "optimizer", "partition", "ema", "adversary", "model_states", "activations")
+"""What a rank's memory is told by; ``model_states`` is the sum of those before it."""
+
 
 def dry_run(manifest: RunManifest) -> dict[str, Any]:
     """One object with ``manifest`` (resolved), ``parameters``, ``latent``, ``batch``, ``memory`` and ``data``.
@@ -43,6 +46,7 @@ def dry_run(manifest: RunManifest) -> dict[str, Any]:
     )
     discriminator = _discriminator(manifest)
     shares = [_shares(manifest, world) for world in worlds]
+    places = [*schedule.first_places, schedule.clips]
     kept, why = _activations(manifest, model)
     return {
         "manifest": manifest.resolved(),
@@ -58,8 +62,8 @@ def dry_run(manifest: RunManifest) -> dict[str, Any]:
             "steps": schedule.steps,
             "clips": schedule.clips,
             "stages": [
-                {"name": s.name, "steps": s.steps, "batch": b, "clips": s.steps * b}
-                for s, b in zip(schedule.stages, schedule.batches, strict=True)
+                {"name": s.name, "steps": s.steps, "batch": b, "clips": end - first}
+                for s, b, first, end in zip(schedule.stages, schedule.batches, places, places[1:], strict=False)
             ],
             "workers": shares,
         },
@@ -216,12 +220,21 @@ def show(facts: dict[str, Any], console: Console) -> None:
             row["name"], f"{row['steps']:,}", str(row["batch"]), f"{row['clips']:,}", str(rule["frames"]), sizes
         )
     console.print(table)
-    table = Table("workers", "clips a rank", "micro-batches", "model states a rank", "activations")
-    for share, memory in zip(batch["workers"], facts["memory"], strict=True):
+    table = Table("workers", "clips a rank", "micro-batches", "clips of a micro-batch")
+    for share in batch["workers"]:
         clips = sorted(set(share["clips_per_rank"]))
-        states = f"{memory['model_states'] / 2**20:,.1f} MiB"
-        kept = f"{memory['activations'] / 2**20:,.1f} MiB" if memory["activations"] is not None else "not known"
-        table.add_row(str(share["workers"]), " or ".join(map(str, clips)), str(share["micro_batches"]), states, kept)
+        counts = (" or ".join(map(str, clips)), share["micro_batches"], share["micro_batch"])
+        table.add_row(str(share["workers"]), *map(str, counts))
+    console.print(table)
+    table = Table("memory of a rank, MiB")
+    for memory in facts["memory"]:
+        workers = memory["workers"]
+        table.add_column(f"{workers} worker{'s' if workers > 1 else ''}", justify="right")
+    for part in MEMORY:
+        if any(part in memory for memory in facts["memory"]):
+            sizes = [memory.get(part) for memory in facts["memory"]]
+            told = ["not known" if size is None else f"{size / 2**20:,.1f}" for size in sizes]
+            table.add_row(part.replace("_", " "), *told, style="bold" if part == "model_states" else None)
     console.print(table)
     if why := facts["memory"][0].get("why"):
         console.print(f"activations are not known from here: {why}")

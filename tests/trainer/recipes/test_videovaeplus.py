@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from rich.console import Console
 from torch import Tensor, nn
 
 from pipelines.contracts import Batch, BatchPlan, Source, generator
@@ -582,4 +584,10 @@ def test_dry_run_states_memory_by_part_and_what_recomputing_saves(tmp_path: Path
             "encoder", "decoder", "temporal_encoder", "temporal_decoder", "(text)"
         }  # fmt: skip
         kept[recompute] = memory["activations"]
+    assert [row["clips"] for row in facts["batch"]["stages"]] == [3 * 2, 2 * 2 + 2 * 8, 2 * 2]
+    console = Console(width=120, file=io.StringIO())
+    plan.show(facts, console)
+    for part in ("weights", "gradients", "optimizer", "partition", "adversary", "model states", "activations"):
+        size = f"{memory[part.replace(' ', '_')] / 2**20:,.1f}"
+        assert any(part in line and size in line for line in console.file.getvalue().splitlines()), part
     assert kept["true"] < 0.6 * kept["false"]
