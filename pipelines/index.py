@@ -461,6 +461,7 @@ def index_dataset(
     if not found:
         raise InputError(f"no .tar shards at {storage.redact(url)}; `moviola pack` makes some from videos")
     old = _indexed(destination)
+    _no_latents(destination)
     done: dict[str, tuple[Shard, dict[str, Any], Counter[str], list[str]]] = {}
     todo = []
     for file, length in found:
@@ -490,6 +491,17 @@ def index_dataset(
         storage.delete(storage.join(destination, _draft_name(shard.file)))
     named = [line for file, _ in found for line in done[file][3]]
     return IndexReport(digest, sum(s.clips for s in shards), len(shards), kept, dict(skipped), named[:50])
+
+
+def _no_latents(destination: str) -> None:
+    """Raises InputError where the index there is one of latents: what they are can't be told from the shards alone."""
+    if storage.exists(storage.join(destination, "index.json")):
+        told = open_dataset(destination).card.model_extra or {}
+        if "latents" in told:
+            raise InputError(
+                f"{storage.redact(destination)} holds latents and their index; an index made from the shards would "
+                "lose their layout. `moviola encode --dataset` writes it"
+            )
 
 
 def _embeddings(base: str, destination: str, shards: Sequence[Shard], counts: Mapping[str, int]) -> dict[str, Any]:
@@ -624,7 +636,7 @@ class _Reader(io.RawIOBase):
 def _samples(url: str, length: int) -> Iterator[tuple[str, dict[str, tuple[int, bytes]]]]:
     """(key, {suffix: (offset, bytes)}) of each sample of a tar: neighbours of one key, as webdataset groups them."""
     where = storage.redact(url)
-    wanted = VIDEO_SUFFIXES | IMAGE_SUFFIXES | {"json", CAPTION_SUFFIX}
+    wanted = VIDEO_SUFFIXES | IMAGE_SUFFIXES | {"json", CAPTION_SUFFIX, LATENT_SUFFIX}
     current, parts = "", {}
     try:
         with tarfile.open(fileobj=_Reader(url, length), mode="r:") as tar:  # type: ignore[call-overload]
@@ -689,6 +701,8 @@ def _member(key: str, parts: Mapping[str, tuple[int, bytes]], where: str, sideca
     """The record of a sample; raises Skip for a sample without a picture, or one that can't be opened."""
     videos = [suffix for suffix in parts if suffix in VIDEO_SUFFIXES]
     pictures = [suffix for suffix in parts if suffix in IMAGE_SUFFIXES]
+    if LATENT_SUFFIX in parts:
+        raise Skip("latents", f"{where}/{key}: latents; `moviola encode --dataset` writes their index")
     if not videos and not pictures:
         found = ", ".join(sorted(parts)) or "unknown suffixes"
         raise Skip("no_video", f"{where}/{key}: no video or image, only {found}")

@@ -211,6 +211,18 @@ def test_what_is_joined_splits_into_the_stream_again():
     assert all(torch.equal(back[key], value) for key, value in stream(7).items())
 
 
+def test_an_index_is_not_made_from_shards_of_latents(tmp_path):
+    write(str(tmp_path))
+    before = (tmp_path / "index.json").read_bytes()
+    with pytest.raises(InputError, match="holds latents and their index; an index made from the shards would lose"):
+        index.index_dataset(str(tmp_path))
+    assert (tmp_path / "index.json").read_bytes() == before
+    for path in (*tmp_path.glob("*.idx"), tmp_path / "index.json"):
+        path.unlink()
+    with pytest.raises(InputError, match=r"2 shards at .* hold no usable clip; skipped: \{'latents': 20\}"):
+        index.index_dataset(str(tmp_path))
+
+
 def test_mixtures_are_of_one_codec(tmp_path, small_dataset):
     first, second, other = (str(tmp_path / name) for name in ("first", "second", "other"))
     write(first)
