@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipelines.contracts import LatentLayout
 from trainer.losses.flow import Share, TimestepSpec
+from trainer.recipe import FREE
 
 
 class LatentDitConfig(BaseModel):
@@ -28,9 +29,11 @@ class LatentDitConfig(BaseModel):
     captions: bool = Field(True, description="Condition on the clips' caption embeddings, where the latents have them.")
     drop: Share = Field(0.1, description="Share of clips whose caption is the learned null, for guidance.")
     timesteps: TimestepSpec = Field(TimestepSpec(tail_share=0.0), description="Noise levels in training.")
-    steps: Annotated[int, Field(ge=1, le=1000)] = Field(50, description="Euler steps of a sample.")
+    steps: Annotated[int, Field(ge=1, le=1000)] = Field(
+        50, description="Euler steps of a sample.", json_schema_extra=FREE
+    )
     guidance: Annotated[float, Field(ge=0, le=100)] = Field(
-        3.0, description="Weight of the captioned velocity over the null one; 1 is no guidance."
+        3.0, description="Weight of the captioned velocity over the null one; 1 is none.", json_schema_extra=FREE
     )
 
     @model_validator(mode="after")
