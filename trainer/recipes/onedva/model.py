@@ -188,6 +188,9 @@ class Decoder(nn.Module):
         nn.init.zeros_(self.smooth.weight)
         nn.init.zeros_(self.smooth.bias)
         self.synthesis = LinearPath(latent, inverse=True) if config.linear == "dct" else None
+        if config.linear == "dct":
+            zero(self.patchify.first)
+            zero(self.patchify.later)
 
     def forward(
         self,
