@@ -20,10 +20,9 @@ from tests.trainer import processes
 from tests.trainer.test_codec import a_codec
 from trainer import codec as codecs
 from trainer import encoding, latents
+from trainer import recipe as recipes
 from trainer.codec import Codec
 from trainer.encoding import encode_dataset
-from trainer.recipes.decovae.config import DecoVaeConfig
-from trainer.recipes.decovae.recipe import DecoVaeRecipe
 
 torch.set_num_threads(1)
 FRAMES, SIZE = 7, (32, 32)
@@ -171,26 +170,48 @@ def test_what_is_complete_is_left_and_what_is_other_refused(whole: Path, small_d
         encode(str(small_dataset), str(tmp_path / "other"))
 
 
-def test_windows_of_a_codec_are_joined(small_dataset: Path, tmp_path: Path) -> None:
-    """DeCo-VAE at 9 frames: two windows of 5 that share a frame, in one sample."""
-    backbone = {"low": 4, "high": 6, "separate": 1, "fused": 1, "iterations": 1, "iteration_layers": 1}
-    small = {"latent_channels": 2, "backbone": backbone, "motion": {"width": 4, "latent": 4}, "perceptual": None}
-    recipe = DecoVaeRecipe(DecoVaeConfig.model_validate({**small, "window": 5}))
+BACKBONE = {"low": 4, "high": 6, "separate": 1, "fused": 1, "iterations": 1, "iteration_layers": 1}
+CODECS = {
+    "decovae": {
+        "latent_channels": 2, "backbone": BACKBONE, "motion": {"width": 4, "latent": 4}, "perceptual": None,
+        "window": 5,
+    },
+    "videovaeplus": {
+        "latent_channels": 4, "width": 8, "multipliers": [1, 2, 2, 2], "blocks": 1, "groups": 4, "temporal_width": 8,
+        "perceptual": None,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "parts", "constants"),
+    [
+        ("decovae", 9, ((0, 2), (1, 2)), {"frames": [5, 5], "shared": [0, 1]}),
+        ("videovaeplus", 16, ((0, 4),), {"frames": [16]}),
+    ],
+)
+def test_windows_of_a_codec_are_joined(
+    small_dataset: Path, tmp_path: Path, name: str, frames: int, parts: object, constants: dict[str, list[int]]
+) -> None:
+    """DeCo-VAE at 9 frames has two windows of 5 that share a frame, in one sample."""
+    kind = recipes.load(name)
+    recipe = kind(kind.Config.model_validate(CODECS[name]))
     codec = Codec(recipe, recipe.build(0))
-    encode_dataset(codec, str(small_dataset), str(tmp_path), 9, SIZE)
+    encode_dataset(codec, str(small_dataset), str(tmp_path), frames, SIZE)
     dataset = index.open_dataset(str(tmp_path))
     layout = dataset.latents
-    assert layout is not None and layout.steps == 2
-    assert {name: t.shape for name, t in layout.tensors.items()} == dict(recipe.latent(9, *SIZE).shapes)
-    assert {t.parts for t in layout.tensors.values()} == {((0, 2), (1, 2))}
-    assert layout.constants["00000001.shared"] == (1,)
+    assert layout is not None and layout.steps == len(parts)
+    assert {name: t.shape for name, t in layout.tensors.items()} == dict(recipe.latent(frames, *SIZE).shapes)
+    assert {t.parts for t in layout.tensors.values()} == {parts}
+    told = {f"{n:08d}.{key}": (value,) for key, values in constants.items() for n, value in enumerate(values)}
+    assert dict(layout.constants) == told
     steps = parse(next(iter(stored(dataset).values()))[0], "")
     arrays, masks = empty(layout)
     join(steps, layout, "", arrays, masks)
     back = split({name: array[None] for name, array in arrays.items()}, layout)
     found = {f"{n:08d}.{name}": value for n, latent in enumerate(back) for name, value in latent.items()}
     assert found.keys() == steps.keys() and all(torch.equal(found[key], value) for key, value in steps.items())
-    assert torch.cat(list(codec.decode(back, SIZE)), dim=2).shape[2] == 9
+    assert torch.cat(list(codec.decode(back, SIZE)), dim=2).shape[2] == frames
 
 
 def test_latents_of_several_layouts_are_refused() -> None:
