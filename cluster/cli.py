@@ -682,6 +682,28 @@ def index(
 
 
 @app.command()
+def captions(
+    dataset: Annotated[str, typer.Argument(help="A packed or indexed dataset; its shards are written anew.")],
+    text_encoder: Annotated[
+        str | None, typer.Option(help="A T5 encoder, a folder or a hub name; by default the one that the card names.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Store T5 embeddings of a dataset's captions beside its clips, once. Run again to go on."""
+    from pipelines.captions import embed_captions
+
+    with err.status("embedding …") as status:
+        made = embed_captions(
+            dataset, text_encoder, progress=lambda done, all: status.update(f"embedding … {done} of {all} shards")
+        )
+    if as_json:
+        out.print_json(data=dataclasses.asdict(made))
+        return
+    silent = f"; {made.silent} have none" if made.silent else ""
+    err.print(f"{made.clips} captions embedded by {made.encoder}, {made.width} numbers a token{silent}")
+
+
+@app.command()
 def lint(
     target: Annotated[str, typer.Argument(metavar="DATASET_OR_MANIFEST", help="A dataset's URL or a manifest.")],
     every_clip: Annotated[bool, typer.Option("--all", help="Decode every clip, not a sample.")] = False,

@@ -204,3 +204,15 @@ def member(name, data):
     info = tarfile.TarInfo(name)
     info.size = len(data)
     return info, io.BytesIO(data)
+
+
+def test_the_command_embeds_and_says_how_many(dataset, encoder, monkeypatch, capsys):
+    from cluster import cli
+
+    monkeypatch.setattr("sys.argv", ["moviola", "captions", dataset, "--text-encoder", encoder, "--json"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"encoder": encoder, "clips": 6, "silent": 2, "width": 32}
+    assert index.open_dataset(dataset).caption_width == 32

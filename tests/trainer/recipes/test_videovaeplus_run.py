@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from pipelines import index
 from tests.trainer.test_loop import Runs
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint
@@ -19,9 +23,32 @@ IMAGES = (3, 5)
 """Steps of image batches."""
 
 
+def captioned(source: Path, target: Path) -> Path:
+    """The dataset with an embedding of a length of its own beside all clips but every third."""
+    target.mkdir()
+    for number, shard in enumerate(sorted(source.glob("*.tar"))):
+        with tarfile.open(shard) as old, tarfile.open(target / shard.name, "w", format=tarfile.USTAR_FORMAT) as new:
+            for at, member in enumerate(old):
+                if (data := old.extractfile(member)) is None:
+                    continue
+                new.addfile(member, data)
+                key, _, suffix = member.name.partition(".")
+                if suffix == "mp4" and at % 3:
+                    emb_LD = np.random.default_rng([number, at]).standard_normal((1 + at % 4, 6)).astype(np.float16)
+                    buffer = io.BytesIO()
+                    np.save(buffer, emb_LD)
+                    info = tarfile.TarInfo(f"{key}.t5.npy")
+                    info.size = len(buffer.getvalue())
+                    new.addfile(info, io.BytesIO(buffer.getvalue()))
+    index.index_dataset(str(target), name="captioned")
+    return target
+
+
 @pytest.fixture(scope="module")
 def runs(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("videovaeplus")
+    dataset = captioned(small_dataset, folder / "data")
+    assert index.open_dataset(str(dataset)).caption_width == 6
     losses = {"l1": 1, "lpips": 0, "kl": 1e-6}
     adversary = {"network": {"width": 4, "layers": 2}}
     plain = {
@@ -31,7 +58,7 @@ def runs(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
             "latent_channels": 4, "width": 4, "multipliers": [1, 2, 2], "blocks": 1, "groups": 2, "temporal_width": 4,
             "text": {"width": 6, "heads": 1, "head_width": 4}, "recompute": True, "perceptual": None,
         },
-        "data": {"train": str(small_dataset)},
+        "data": {"train": str(dataset)},
         "batch": 3,
         "micro_batch": 1,
         "precision": "fp32",
