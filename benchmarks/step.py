@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipelines import synthetic
 from pipelines.contracts import Batch, Source
 from trainer import manifest as manifests
+from trainer.blocks.transformer import Attention
 from trainer.engine import Engine
 from trainer.manifest import RunManifest
 from trainer.stage import Stage
@@ -95,10 +96,12 @@ class Trial:
         return counter.get_total_flops()
 
     def parts(self) -> dict[str, float]:
-        """Share of the forward pass by the model's parts and the frozen networks."""
+        """Share of the forward pass by the model's parts and the frozen networks, and of attention within them."""
         spent: dict[str, float] = defaultdict(float)
         with contextlib.ExitStack() as hooks:
             named = [*self.engine.module.named_children(), *self.teachers.named_children()]
+            attentive = [module for module in self.engine.module.modules() if isinstance(module, Attention)]
+            named += [("of these, attention", module) for module in attentive]
             for name, module in named:
                 hooks.enter_context(timed(module, name, spent, self.device))
             start = sync(self.device)

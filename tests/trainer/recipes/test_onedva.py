@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipelines.contracts import Batch, BatchPlan, Source, generator
 from pipelines.faults import InputError
 from trainer import manifest as manifests
+from trainer import plan
 from trainer.losses import gaussian_kl
 from trainer.recipe import Recipe, load
 from trainer.recipes import onedva
@@ -426,6 +427,23 @@ def test_repa_reads_a_frozen_siglip(siglip_folder: Path) -> None:
     assert perfect.item() == pytest.approx(0, abs=1e-6)
 
 
+def test_the_dry_run_counts_activations_with_every_teacher(siglip_folder: Path) -> None:
+    spec = {"encoder": str(siglip_folder), "width": 16, "depth": 1, "projector": 12}
+    plain = {
+        "name": "planned",
+        "recipe": "onedva",
+        "model": SMALL | {"repa": spec, "perceptual": {"backbone": "vgg", "weights": "random"}},
+        "data": {"train": "nowhere"},
+        "batch": 4,
+        "clip": {"frames": 5, "sizes": [[32, 32], [32, 48]]},
+        "stages": {"structural": {"steps": 1}, "adaptive": {"steps": 1}},
+    }
+    facts = plan.dry_run(manifests.validate(plain, "here"))
+    assert facts["memory"][0]["activations"] > 1e6
+    assert facts["parameters"]["by_part"]["(projector)"] > 0
+    assert facts["latent"]["shape"] == {"structural": [4, 2, 2, 2], "1d": [4, 6]}
+
+
 def test_a_siglip_that_cannot_be_had_is_named(siglip_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has tokens of 16 numbers\. Set model\.repa\.width to that"):
         siglip.SigLip(RepaSpec(encoder=str(siglip_folder)))
@@ -568,6 +586,10 @@ def test_the_untrained_linear_path_is_a_codec_that_gains_from_every_latent() -> 
             "width 20 over 3 heads: a head needs a whole, even number of at least 6",
         ),
         ({"window": 16}, "window is 16; a window has 1 \\+ 4 k frames, 17 for example"),
+        (
+            {"condition_dropout": 0},
+            "sampling.guidance is 1.5, and with condition_dropout: 0 the decoder never learned to",
+        ),
         ({"linear": "dct"}, "linear: dct adds to the predicted frames; it needs predict: clean"),
         ({"repa": {"depth": 3}}, "repa.depth is 3, and the decoder has 2 layers"),
         ({"post_noise": (0.5, 0.2)}, "post_noise \\[0.5, 0.2\\]: the least time comes first"),

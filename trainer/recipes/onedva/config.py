@@ -138,6 +138,11 @@ class OneDvaConfig(_Part):
     def _fits(self) -> OneDvaConfig:
         if self.window % SPAN != 1:
             raise ValueError(f"window is {self.window}; a window has 1 + 4 k frames, 17 for example")
+        if self.sampling.guidance != 1 and not self.condition_dropout:
+            raise ValueError(
+                f"sampling.guidance is {self.sampling.guidance:g}, and with condition_dropout: 0 the decoder never "
+                "learned to do without latents; set it to 1"
+            )
         if self.linear == "dct" and self.predict != "clean":
             raise ValueError("linear: dct adds to the predicted frames; it needs predict: clean")
         if self.repa is not None and self.repa.depth > self.decoder.layers:

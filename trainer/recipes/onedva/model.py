@@ -184,7 +184,7 @@ class Decoder(nn.Module):
         self.skip = nn.Linear(2 * width, width)
         self.to_first = nn.Linear(width, channels * CELL**2)
         self.to_later = nn.Linear(width, channels * SPAN * CELL**2)
-        self.smooth = nn.Conv3d(channels, 3, 3, padding=1, padding_mode="replicate")
+        self.smooth = nn.Conv3d(channels, 3, 3, padding=1)
         nn.init.zeros_(self.smooth.weight)
         nn.init.zeros_(self.smooth.bias)
         self.synthesis = LinearPath(latent, inverse=True) if config.linear == "dct" else None
