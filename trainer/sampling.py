@@ -122,8 +122,10 @@ def _decodes(codec: Codec, layout: LatentLayout, warn: Warn) -> None:
         raise InputError(
             f"the model's latents are of recipe {told['recipe']}, and --codec is of {codec.recipe.name}", status=2
         )
-    found = {name: tuple(shape) for name, shape in codec.recipe.latent(layout.frames, *size).shapes.items()}
-    if found != (wanted := {name: tensor.shape for name, tensor in layout.tensors.items()}):
+    wanted = {name: tensor.shape for name, tensor in layout.tensors.items()}
+    shapes = codec.recipe.latent(layout.frames, *size).shapes
+    found = {name: tuple(shapes[name]) for name in wanted if name in shapes}
+    if found != wanted:
         raise InputError(
             f"the model's latents are {wanted}, and those of --codec {found} for {layout.frames} frames of "
             f"{layout.height} x {layout.width}. Give the codec that encoded them",

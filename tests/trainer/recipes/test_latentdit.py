@@ -276,7 +276,7 @@ class Blocks:
     multiple = 8
 
     def latent(self, frames, height, width):
-        shapes = {"grid": (2, 2, height // 8, width // 8), "row": (1, 6)}
+        shapes = {"grid": (2, 2, height // 8, width // 8), "row": (1, 6), "not stored": (1, 3)}
         return LatentSpec(shapes, 2, 1.0)
 
     def decode(self, model, latents, caption_emb_1LD=None):
