@@ -16,6 +16,7 @@ from pipelines.clips import make_clip
 from pipelines.contracts import ClipRule, Source
 from pipelines.faults import InputError
 from pipelines.latents import empty, join, parse, split
+from pipelines.loader import Loader
 from tests.trainer import processes
 from tests.trainer.test_codec import a_codec
 from trainer import codec as codecs
@@ -23,6 +24,9 @@ from trainer import encoding, latents
 from trainer import recipe as recipes
 from trainer.codec import Codec
 from trainer.encoding import encode_dataset
+from trainer.recipes.latentdit.config import LatentDitConfig
+from trainer.recipes.latentdit.recipe import LatentDitRecipe
+from trainer.stage import Schedule
 
 torch.set_num_threads(1)
 FRAMES, SIZE = 7, (32, 32)
@@ -109,6 +113,30 @@ def make_start(rule: ClipRule, place: int) -> int:
     numbers = frame_numbers(rule, 16, 0, place)
     assert numbers is not None
     return numbers[0]
+
+
+def takes_a_step(dataset: index.Dataset) -> None:
+    """A diffusion model trains on the latents: a loss near 2 (noise and latents of variance 1), a gradient everywhere
+    where it starts, and samples that are of the codec.
+    """
+    assert dataset.latents is not None
+    recipe = LatentDitRecipe(LatentDitConfig(latents=dataset.latents, width=24, depth=1, heads=2, steps=1))
+    model, stage = recipe.build(0), recipe.stages()[0]
+    plan = Schedule([stage.model_copy(update={"steps": 1, "batch": 8})], 8, 0).plan
+    loader = Loader([(dataset, 1.0)], None, plan, 1, seed=0, micro_batch=8)
+    ((_, (batch,)),) = loader.iter_from(0)
+    loss = recipe.step(model, batch, stage, recipe.teachers()).loss
+    loss.backward()
+    assert 1.2 < float(loss.detach()) < 2.8
+    assert all(bool(tokens.leave.weight.grad.any()) for tokens in model.latents.values())
+    sample = recipe.sample(model, 0, 0)
+    assert {name: value.shape[1:] for name, value in sample.items()} == {
+        name: tensor.shape for name, tensor in dataset.latents.tensors.items()
+    }
+
+
+def test_a_diffusion_model_trains_on_the_latents_of_a_first_frame_and_of_motion(whole: Path) -> None:
+    takes_a_step(index.open_dataset(str(whole)))
 
 
 def test_the_card_has_the_statistics_of_each_channel(whole: Path) -> None:
@@ -212,6 +240,7 @@ def test_windows_of_a_codec_are_joined(
     found = {f"{n:08d}.{name}": value for n, latent in enumerate(back) for name, value in latent.items()}
     assert found.keys() == steps.keys() and all(torch.equal(found[key], value) for key, value in steps.items())
     assert torch.cat(list(codec.decode(back, SIZE)), dim=2).shape[2] == frames
+    takes_a_step(dataset)
 
 
 def test_latents_of_several_layouts_are_refused() -> None:
