@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
 import platform
 import resource
@@ -28,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 from benchmarks import papers
 from pipelines import index, pack
 from pipelines.contracts import ClipRule
-from trainer import checkpoint, examine, manifest, run
+from trainer import checkpoint, examine, manifest, pictures, run
 from trainer.codec import Codec
 from trainer.evaluate import evaluate
 from trainer.losses import Perceptual, PerceptualSpec
@@ -87,9 +88,13 @@ def children_cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def measured(trained: Trained, clips: list[Any], perceptual: Perceptual) -> Mapping[str, Any]:
-    codec = Codec(trained.recipe, trained.model)
-    return evaluate(codec.round_trip, clips, perceptual=perceptual).values
+def measured(trained: Trained, step: int, clips: list[Any], perceptual: Perceptual) -> Mapping[str, Any]:
+    """The evaluation of a step; kept in the run's folder, so that a report that was stopped goes on."""
+    kept = Path(trained.url) / f"measured-{step}.json"
+    if not kept.exists():
+        codec = Codec(trained.recipe, trained.model)
+        kept.write_text(evaluate(codec.round_trip, clips, perceptual=perceptual).json())
+    return json.loads(kept.read_text())
 
 
 def report(run_url: str, results: Path) -> None:
@@ -101,39 +106,35 @@ def report(run_url: str, results: Path) -> None:
     perceptual = Perceptual(PerceptualSpec(backbone="alex", weights="random"))
     model = stored.loaded_recipe.build(stored.seed).eval()
     trained = Trained(stored, stored.loaded_recipe, model, run_url)
-    curve = [(0, measured(trained, clips, perceptual))]
+    curve = [(0, measured(trained, 0, clips, perceptual))]
     folders = sorted(Path(run_url, "checkpoints").glob("step-*"))
     for folder in folders:
         checkpoint.assign(model, checkpoint.load_weights(str(folder), ema=bool(stored.ema)))
-        curve.append((int(folder.name.removeprefix("step-")), measured(trained, clips, perceptual)))
+        step = int(folder.name.removeprefix("step-"))
+        curve.append((step, measured(trained, step, clips, perceptual)))
         print(f"step {curve[-1][0]}: {curve[-1][1]['psnr_db']:.2f} dB", flush=True)
     stem = f"learning-{stored.recipe}_{hardware()}_{datetime.date.today()}"
     results.mkdir(parents=True, exist_ok=True)
     borders = [*stored.schedule.first_steps, stored.schedule.steps]
     draw_curve(curve, borders, [s.name for s in stored.schedule.stages], results / f"{stem}_curve.png")
-    for number, picture in enumerate(pictures(trained, clips, results / stem)):
-        picture.rename(results / f"{stem}_clip{number}.png")
-    (results / stem).rmdir()
+    draw_clips(trained, clips, results / stem)
     (results / f"{stem}.md").write_text(text(stored, curve, seconds(run_url), stem, clips))
     print(results / f"{stem}.md")
 
 
-def pictures(trained: Trained, clips: list[Any], folder: Path) -> list[Path]:
-    """Grids of the clips of greatest and of middling motion."""
+def draw_clips(trained: Trained, clips: list[Any], stem: Path) -> None:
+    """Grids of the clips of greatest and of middling motion, to ``STEM_clip0.png`` and ``STEM_clip1.png``."""
     order = sorted(clips, key=lambda clip: clip.motion)
-    folder.mkdir(exist_ok=True)
-    made = examine.draw(trained, [order[-1], order[len(order) // 2]], str(folder))
-    for url in made:
-        if url.endswith(".mp4"):
-            Path(url).unlink()
-    return [Path(url) for url in made if url.endswith(".png")]
+    shown = [order[-1], order[len(order) // 2]]
+    for number, view in enumerate(examine.look(trained.recipe, trained.model, shown)):
+        pictures.grid(view, Path(f"{stem}_clip{number}.png"))
 
 
 def seconds(run_url: str) -> tuple[float, float]:
     """Time spent training, checkpoints and waits for data included, and CPU time of its processes; of all attempts."""
     lines = [line for line in read_lines(f"{run_url}/metrics.jsonl") if "ledger" in line]
     ledger = lines[-1]["ledger"]["seconds"]
-    spent = sum(ledger.get(cause, 0.0) for cause in ("productive", "data_wait", "checkpoint", "lost_work"))
+    spent = sum(ledger.get(cause, 0.0) for cause in ("productive", "data_wait", "checkpoint", "lost"))
     return spent, sum(float(line) for line in Path(run_url, CPU_SECONDS).read_text().split())
 
 
@@ -148,7 +149,8 @@ def text(
 ) -> str:
     (_, start), (steps, end) = curve[0], curve[-1]
     parts = stored.loaded_recipe.parts(stored.loaded_recipe.build(stored.seed))
-    rows = [("untrained", start), (f"trained, {steps} steps", end)]
+    planned = stored.schedule.steps
+    rows = [("untrained", start), (f"trained, {steps} steps" + f" of {planned}" * (steps < planned), end)]
     rows += [("bicubic down and up", end["baselines"]["bicubic"])]
     rows += [("first frame repeated", end["baselines"]["first_frame"])]
     lines = [

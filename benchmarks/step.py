@@ -1,6 +1,6 @@
 """What a training step of a recipe costs on this device, and how long its whole schedule would take.
 
-    python -m benchmarks.step MANIFEST [--set FIELD=VALUE ...] [--variants float32 ...] [--clips 1] [--steps 12]
+    python -m benchmarks.step MANIFEST [--set FIELD=VALUE ...] [--stages NAME ...] [--variants float32 ...] [--steps 12]
 
 Trains each stage of the manifest for a few steps through the engine, on one process, from clips that already lie in
 memory: reading is not measured here (``benchmarks.loader`` does). Eager and compiled, float32 and bfloat16, take turns,
@@ -41,8 +41,6 @@ from trainer.manifest import RunManifest
 from trainer.stage import Stage
 
 ROOT = Path(__file__).resolve().parents[1]
-WARM = 3
-"""Steps of each variant at the start that are not counted."""
 VARIANTS = {"float32": ("fp32", False), "float32, compiled": ("fp32", True),
             "bfloat16": ("bf16", False), "bfloat16, compiled": ("bf16", True)}  # fmt: skip
 
@@ -153,18 +151,18 @@ def memory(source: str, sets: list[str], stage: str, variant: str, clips: int, d
 
 
 def measure(
-    manifest: RunManifest, stage: Stage, variants: list[str], clips: int, steps: int, device: torch.device
+    manifest: RunManifest, stage: Stage, variants: list[str], clips: int, warm: int, steps: int, device: torch.device
 ) -> dict[str, Any]:
     """Times by variant, in turns; operations and the parts' shares, eager in float32."""
     trials = {name: Trial(manifest, stage, name, clips, device) for name in variants}
     operations, parts = trials["float32"].operations(), trials["float32"].parts()
     times: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
-    for _ in range(WARM + steps):
+    for _ in range(warm + steps):
         for name, trial in trials.items():
             times[name].append(trial.step())
     for trial in trials.values():
         trial.engine.close()
-    return {"times": {name: spent[WARM:] for name, spent in times.items()}, "operations": operations, "parts": parts}
+    return {"times": {name: spent[warm:] for name, spent in times.items()}, "operations": operations, "parts": parts}
 
 
 def main() -> None:
@@ -172,19 +170,25 @@ def main() -> None:
     parser.add_argument("manifest")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="sets")
     parser.add_argument("--clips", type=int, default=1, help="clips of a micro-batch")
-    parser.add_argument("--steps", type=int, default=12, help="steps of each variant that are counted")
+    parser.add_argument("--stages", nargs="+", help="stages of the manifest; all by default")
+    parser.add_argument("--warm", type=int, default=3, help="steps of each variant at the start that are not counted")
+    parser.add_argument("--steps", type=int, default=12, help="steps of each variant that are counted, 2 at least")
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="`float32` is in any case"
     )
-    parser.add_argument("--hardware", default=f"cpu{os.cpu_count()}")
+    parser.add_argument("--hardware", default=f"{os.cpu_count()}cpu")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     manifest = manifests.load(options.manifest, options.sets)
     peaks = {"fp32": peak_flops(device, torch.float32), "bf16": peak_flops(device, torch.bfloat16)}
     variants = list(dict.fromkeys(["float32", *options.variants]))
     rows, shares, days = [], [], dict.fromkeys(variants, 0.0)
-    for stage, batch in zip(manifest.schedule.stages, manifest.schedule.batches, strict=True):
-        found = measure(manifest, stage, variants, options.clips, options.steps, device)
+    both = list(zip(manifest.schedule.stages, manifest.schedule.batches, strict=True))
+    chosen = [(stage, batch) for stage, batch in both if options.stages is None or stage.name in options.stages]
+    if not chosen:
+        parser.error(f"--stages: {manifest.name} has {', '.join(stage.name for stage, _ in both)}")
+    for stage, batch in chosen:
+        found = measure(manifest, stage, variants, options.clips, options.warm, options.steps, device)
         eager = [sum(step.values()) for step in found["times"]["float32"]]
         for name, spent in found["times"].items():
             answers = multiprocessing.get_context("spawn").SimpleQueue()
@@ -214,12 +218,13 @@ def main() -> None:
             f"{', '.join(f'{name} {share:.0%}' for name, share in within if share >= 0.01)} |"
         )
     path = ROOT / "benchmarks/results" / f"step-{manifest.name}_{options.hardware}_{datetime.date.today()}.md"
-    path.write_text(report(manifest, rows, shares, days, peaks, options.clips))
+    path.write_text(report(manifest, [stage for stage, _ in chosen], rows, shares, days, peaks, options.clips))
     print(path)
 
 
 def report(
     manifest: RunManifest,
+    stages: list[Stage],
     rows: list[str],
     shares: list[str],
     days: dict[str, float],
@@ -229,7 +234,9 @@ def report(
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "deepspeed"))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPUs"
     sizes = {"x".join(map(str, stage.clip.sizes[0])) for stage in manifest.schedule.stages}
-    schedule = sum(s.steps * b for s, b in zip(manifest.schedule.stages, manifest.schedule.batches, strict=True))
+    scheduled = zip(manifest.schedule.stages, manifest.schedule.batches, strict=True)
+    clips_in_all = sum(stage.steps * batch for stage, batch in scheduled if stage in stages)
+    which = "The whole schedule" if len(stages) == len(manifest.schedule.stages) else "These stages of the schedule"
     return "\n".join([
         f"# A training step of {manifest.name} (recipe {manifest.recipe})",
         "",
@@ -254,7 +261,7 @@ def report(
         "| --- | --: | --: | --: | --- |",
         *shares,
         "",
-        f"The whole schedule, {schedule:,} clips, on one device like this one: "
+        f"{which}, {clips_in_all:,} clips, on one device like this one: "
         + ", ".join(f"{spent:,.1f} days {name}" for name, spent in days.items()) + ".",
         "",
     ])  # fmt: skip
