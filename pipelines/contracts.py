@@ -64,7 +64,7 @@ class LatentTensor(BaseModel):
     parts: Annotated[tuple[tuple[Annotated[int, Field(ge=0)], PositiveInt], ...], Field(min_length=1)]
     mean: Annotated[tuple[float, ...], Field(min_length=1)]
     std: tuple[Annotated[float, Field(gt=0)], ...]
-    lengths: Mapping[PositiveInt, PositiveInt] = Field(default_factory=dict)
+    lengths: Mapping[Annotated[int, Field(ge=0)], PositiveInt] = Field(default_factory=dict)
 
     @property
     def channels(self) -> int:

@@ -54,7 +54,7 @@ def join(steps: Mapping[str, Tensor], layout: LatentLayout, name: str, arrays: A
 
 def _is_of(part: Tensor, tensor: LatentTensor, length: int) -> bool:
     expected, found = (1, tensor.channels, length, *tensor.tokens[1:]), tuple(part.shape)
-    shorter = tensor.lengths and len(found) == len(expected) and 1 <= found[-1] <= expected[-1]
+    shorter = tensor.lengths and len(found) == len(expected) and found[-1] <= expected[-1]
     return found == expected or bool(shorter and found[:-1] == expected[:-1])
 
 

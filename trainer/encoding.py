@@ -220,11 +220,11 @@ class _Tally:
             if len(shapes) == 1 and len(greatest.get(title, ())) == 1 + len(tokens):
                 tokens[-1] = max(tokens[-1], greatest[title][-1])
             parts = [(number, shape[2]) for number, shape in shapes]
-            if len(tokens) == 1:
-                parts = [(parts[0][0], tokens[0])] if len(parts) == 1 else parts
+            if len(tokens) == len(parts) == 1:
+                parts = [(parts[0][0], tokens[0])]
             variable = len(shapes) == 1 and set(lengths) != {tokens[-1]}
-            mean = np.array(self.sums[title]) / count
-            variance = np.maximum(np.array(self.squares[title]) / count - mean**2, 0.0)
+            mean = np.array(self.sums[title]) / max(1, count)
+            variance = np.maximum(np.array(self.squares[title]) / max(1, count) - mean**2, 0.0)
             std = np.where(variance > 1e-12, np.sqrt(variance), 1.0)
             tensors[title] = LatentTensor(
                 tokens=tuple(tokens), parts=tuple(parts), mean=tuple(mean.tolist()), std=tuple(std.tolist()),

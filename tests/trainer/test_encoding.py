@@ -250,6 +250,9 @@ def test_latents_of_several_layouts_are_refused() -> None:
     both.add(one, "a")
     both.add(longer, "b")
     assert both.lengths == {"z": {"3": 1, "5": 1}} and both.steps == [{"z": [1, 2, 5]}]
+    nothing = encoding._Tally.of([{"z": torch.zeros(1, 2, 0), "frames": torch.tensor([4])}], 8.0, "b")
+    both.add(nothing, "b")
+    assert both.lengths == {"z": {"0": 1, "3": 1, "5": 1}} and both.tokens == {"z": 8}
     for stream, said in (
         (
             [{"z": torch.zeros(1, 2, 3), "frames": torch.tensor([9])}],
