@@ -60,7 +60,7 @@ def claim(run: RunManifest, runs: str, launch: Mapping[str, Any] | None = None) 
 
 
 def data_faults(run: RunManifest) -> list[str]:
-    """Datasets that are not there or damaged, and those whose clips are too short for a stage."""
+    """Datasets that are not there or damaged, and those whose clips are too short for a stage or the evaluation."""
     refs = [(f"data.train.{i}.dataset", ref) for i, ref in enumerate(run.data.train)]
     refs += [(f"data.images.{i}.dataset", ref) for i, ref in enumerate(run.data.images)]
     refs += [("data.eval", manifest.DatasetRef(dataset=run.data.eval))] if run.data.eval else []
@@ -76,6 +76,14 @@ def data_faults(run: RunManifest) -> list[str]:
         elif field.startswith("data.train") and dataset.latents is None:
             stages = run.schedule.stages
             faults += [f"{field}: {ref.dataset}: {line}" for s in stages if (line := _too_short(dataset.card, s))]
+        elif field == "data.eval" and run.evaluation.every_steps and dataset.latents is None:
+            last, frames = run.schedule.stages[-1], dataset.card.statistics.get("frames")
+            if frames and frames["greatest"] < last.clip.frames:
+                faults.append(
+                    f"{field}: {ref.dataset}: its longest clip has {frames['greatest']:.0f} frames; the evaluation "
+                    f"takes {last.clip.frames}, as stage {last.name!r}. Pack longer clips, or set "
+                    "evaluation.every_steps: null"
+                )
     return faults
 
 

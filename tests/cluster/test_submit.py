@@ -114,6 +114,16 @@ def test_clips_that_are_too_short_for_a_stage(plain):
     assert folder.data_faults(manifest_of(plain, stages=stages)) == []
 
 
+def test_held_back_clips_that_are_too_short_to_be_evaluated(plain, tmp_path, small_dataset):
+    held_back = tmp_path / "eval"
+    held_back.symlink_to(small_dataset)
+    stages = {**plain["stages"], "frames-3": {**plain["stages"]["frames-3"], "clip": {"frames": 17}}}
+    changes = {"data": {"train": str(small_dataset), "eval": str(held_back)}, "stages": stages}
+    told = folder.data_faults(manifest_of(plain, **changes, evaluation={"every_steps": 2}))
+    assert any("its longest clip has 16 frames; the evaluation takes 17, as stage 'frames-3'" in line for line in told)
+    assert not any("evaluation" in line for line in folder.data_faults(manifest_of(plain, **changes)))
+
+
 def test_machines_of_a_cluster_are_counted_in_workers(plain, monkeypatch, tmp_path):
     run = manifest_of(plain, workers={"count": 3, "gpus": 0.5, "cpus": 2}, batch=4)
     nodes = [
