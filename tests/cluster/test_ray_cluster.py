@@ -22,13 +22,13 @@ pytestmark = pytest.mark.ray
 def moviola(*arguments: str) -> tuple[int, str, str]:
     """(exit status, stdout, stderr) of the command."""
     done = subprocess.run(
-        [sys.executable, "-m", "cluster.cli", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "cluster.cli", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_manifest_is_handed_over_and_followed_to_its_end(small_dataset: Path, tmp_path: Path) -> None:
     lab = Lab(tmp_path, smoke(str(small_dataset), steps=1, workers={"count": 1}))
     with Nodes(1, dashboard=True) as nodes:
@@ -43,7 +43,7 @@ def test_a_manifest_is_handed_over_and_followed_to_its_end(small_dataset: Path, 
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_run_outlives_the_terminal_that_it_was_submitted_from(small_dataset: Path, tmp_path: Path) -> None:
     lab = Lab(tmp_path, smoke(str(small_dataset), steps=5, workers={"count": 1}))
     command = [sys.executable, "-m", "cluster.cli", "submit", *lab.arguments("small"), "--cluster", "local"]
@@ -60,7 +60,7 @@ def test_a_run_outlives_the_terminal_that_it_was_submitted_from(small_dataset: P
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_node_is_lost_and_a_run_is_stopped_and_moved(small_dataset: Path, tmp_path: Path) -> None:
     steps = 120
     plain = smoke(str(small_dataset), steps=steps // 4, checkpoint={"every_steps": 10, "keep": 3})
@@ -80,10 +80,10 @@ def test_a_node_is_lost_and_a_run_is_stopped_and_moved(small_dataset: Path, tmp_
         code, _, err = moviola("submit", *lab.arguments("lossy"), *there)
         assert code == 1 and "already" in err, "one run is not driven twice"
         with Command(["logs", "lossy", "-f", *folder], tmp_path / "lossy.log") as log:
-            log.until(lambda: len(lab.lines("lossy")) > steps // 4)
+            log.until(lambda: len(lab.lines("lossy")) > steps // 4, 600)
             (start,) = lab.events("lossy", "start")
             nodes.kill(nodes.holding(start["workers"][1]["pid"]))
-            assert log.wait() == 0, log.said
+            assert log.wait(600) == 0, log.said
         assert start["world"] == 2 and "restarting from the last commit" in log.said
         assert log.said.splitlines()[-1].endswith(f"done at step {steps}")
         state = status("lossy")
@@ -98,10 +98,10 @@ def test_a_node_is_lost_and_a_run_is_stopped_and_moved(small_dataset: Path, tmp_
         nodes.add()
         assert moviola("submit", *lab.arguments("moved"), *there)[0] == 0
         with Command(["logs", "moved", "-f", *folder], tmp_path / "moved.log") as log:
-            log.until(lambda: len(lab.lines("moved")) > steps // 4)
+            log.until(lambda: len(lab.lines("moved")) > steps // 4, 600)
             code, _, err = moviola("stop", "moved", *folder)
             assert code == 0, err
-            assert log.wait() == 75, log.said
+            assert log.wait(600) == 75, log.said
         state = status("moved")
         assert state["state"] == "stopped" and 0 < state["last_commit_step"] == state["step"] < steps
         code, _, err = moviola("stop", "moved", *folder)
