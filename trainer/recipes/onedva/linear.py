@@ -90,18 +90,27 @@ def from_sequence(sequence_BKD: Tensor, grid: tuple[int, int, int]) -> Tensor:
 
 
 class LinearPath(nn.Module):
-    """Patches to coefficients (``inverse`` False) or back, (P, D) and (D, P) by the names of :func:`bases`."""
+    """Patches to coefficients, or back (``inverse``). Weights are (D, P) by the names of :func:`bases`; deviations stay
+    apart from them, so that one learning rate suits all.
+    """
 
     def __init__(self, latent: int, *, inverse: bool) -> None:
         super().__init__()
+        self.inverse = inverse
         for name, basis in bases(latent).items():
-            deviation_D1 = expected_deviation(basis)[:, None]
-            flat_DP = basis.flatten(1)
-            weight = flat_DP * deviation_D1 if inverse else (flat_DP / deviation_D1).T.contiguous()
-            self.register_parameter(name, nn.Parameter(weight))
+            self.register_parameter(name, nn.Parameter(basis.flatten(1).contiguous()))
+            self.register_buffer(f"deviation_{name}", expected_deviation(basis), persistent=False)
 
     def forward(self, first_BSX: Tensor, later_BSX: Tensor, fine: bool) -> tuple[Tensor, Tensor]:
         """Patches (B, S, P) or coefficients (B, S, D) of first and of later frames, from one to the other."""
-        weights = (self.fine_first, self.fine_later) if fine else (self.first, self.later)
-        first, later = (x.to(weight.dtype) @ weight for x, weight in zip((first_BSX, later_BSX), weights, strict=True))
-        return first, later
+        if fine:
+            return self._one(first_BSX, self.fine_first, self.deviation_fine_first), self._one(
+                later_BSX, self.fine_later, self.deviation_fine_later
+            )
+        return self._one(first_BSX, self.first, self.deviation_first), self._one(
+            later_BSX, self.later, self.deviation_later
+        )
+
+    def _one(self, x_BSX: Tensor, weight_DP: Tensor, deviation_D: Tensor) -> Tensor:
+        x_BSX = x_BSX.to(weight_DP.dtype)
+        return (x_BSX * deviation_D) @ weight_DP if self.inverse else (x_BSX @ weight_DP.T) / deviation_D
