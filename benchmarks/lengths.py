@@ -27,7 +27,7 @@ from trainer.evaluate import evaluate
 from trainer.losses import Perceptual, PerceptualSpec
 from trainer.manifest import changed_model
 
-POINTS = 10
+POINTS = 8
 STEPS = (1, 2, 4, 10, 25)
 
 
