@@ -64,7 +64,7 @@ def main() -> int:
     moviola("encode", codec, "--dataset", f"{given.data}/train", str(latents))
     train("latentdit", runs, "dit", [f"data.train={latents}", *FLOW])
     none = ["stages.structural.steps=0", "stages.adaptive.steps=0"]
-    post = f"steps: {SIZES['post']}, batch: 4, init_from: {codec}, {GOES_ON}"
+    post = f"steps: {SIZES['post']}, batch: 4, init_from: {codec}, init_average: true, {GOES_ON}"
     train(
         "onedva_small", runs, "post", [data, *CODEC, *none, f"stages.post={{{post}, teachers: {{predictor: {dit}}}}}"]
     )

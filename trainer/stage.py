@@ -111,6 +111,9 @@ class Stage(BaseModel):
     init_from: str | None = Field(
         None, description="Checkpoint or run whose weights this stage starts from; optimizer and average start afresh."
     )
+    init_average: bool = Field(
+        False, description="Whether init_from means its averaged weights, which are what encodes and is evaluated."
+    )
     teachers: Mapping[str, str] = Field(
         default_factory=dict, description="Checkpoints or runs whose models the recipe learns from, frozen, by name."
     )

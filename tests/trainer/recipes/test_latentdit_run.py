@@ -193,7 +193,7 @@ def post(folder: Path, codec: Runs, dit: Runs, small_dataset: Path) -> Runs:
 
 
 def test_post_training_moves_the_decoder_alone(post: Runs, codec: Runs) -> None:
-    before = checkpoint.load_weights(codec.url("onedva"))
+    before = checkpoint.load_weights(codec.url("onedva"), ema=True)
     after = checkpoint.load_weights(post.url("post"))
     moved = {name.split(".")[0] for name, value in after.items() if not torch.equal(value, before[name])}
     assert moved == {"decoder"}

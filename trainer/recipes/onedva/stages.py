@@ -31,7 +31,7 @@ def stages(config: OneDvaConfig) -> tuple[Stage, ...]:
             knobs={"latents": "both"},
         ),
         Stage(
-            name=POST, steps=0, clip=CLIP, train=("decoder.*",), optimizer=ADAMW,
+            name=POST, steps=0, clip=CLIP, train=("decoder.*",), optimizer=ADAMW, init_average=True,
             losses={name: weight for name, weight in losses.items() if name in ("flow", "lpips")},
             knobs={"latents": "predicted"},
         ),
