@@ -23,7 +23,7 @@ from trainer.recipes import videovaeplus
 from trainer.recipes.videovaeplus import losses, stages
 from trainer.recipes.videovaeplus.config import VideoVaePlusConfig
 from trainer.recipes.videovaeplus.layers import TemporalDown
-from trainer.recipes.videovaeplus.recipe import VideoVaePlusRecipe
+from trainer.recipes.videovaeplus.recipe import UNREACHED, VideoVaePlusRecipe
 from trainer.recipes.videovaeplus.text import NullToken, Text, TextAttention
 from trainer.stage import Stage
 
@@ -331,6 +331,10 @@ def test_images_give_no_temporal_parameter_a_gradient(modeling: str) -> None:
     assert set(output.terms) == {"l1", "kl"}
 
 
+def test_the_parameters_named_as_unreached_are_there() -> None:
+    assert set(UNREACHED) <= {name for name, _ in recipe_of().build(0).named_parameters()}
+
+
 def test_every_parameter_learns_from_videos() -> None:
     recipe = recipe_of(text=TEXT, latent_channels=4)
     model, stage = shaken(recipe), stage_of("cross-modal", recipe, l1=1.0, kl=1e-3)
@@ -479,6 +483,11 @@ def test_faults_of_a_stage() -> None:
     assert list(recipe.check(stage.model_copy(update={"clip": clip}))) == [
         "clip.frames: 6: a clip has 4 k frames, and an image one. Take 16, for example"
     ]
+    images = stage.model_copy(update={"clip": stage.clip.model_copy(update={"frames": 1})})
+    assert list(recipe.check(images)) == [
+        "clip.frames: 1: an image reaches no temporal parameter. Add '*temporal*' to freeze"
+    ]
+    assert list(recipe.check(images.model_copy(update={"freeze": ("*temporal*",)}))) == []
     with pytest.raises(InputError, match="20 x 16 pixels: height and width must be multiples of 8"):
         recipe.latent(4, 20, 16)
 

@@ -25,6 +25,8 @@ from trainer.stage import Stage
 
 VIDEO, IMAGE, FRAMES = "video", "image", "frames"
 """Names of a window's latent, of a single image's, and of the count of a window's frames."""
+UNREACHED = ("temporal_encoder.conv_in.weight", "encoder.mid_block.temporal_attention.qkv.weight")
+"""Two parameters that an image doesn't reach."""
 
 
 class VideoVaePlusRecipe:
@@ -50,6 +52,8 @@ class VideoVaePlusRecipe:
         yield from losses.check(stage, self.config)
         if stage.clip.frames % SPAN and stage.clip.frames != 1:
             yield f"clip.frames: {stage.clip.frames}: a clip has 4 k frames, and an image one. Take 16, for example"
+        if stage.clip.frames == 1 and any(map(stage.trains, UNREACHED)):
+            yield f"clip.frames: 1: an image reaches no temporal parameter. Add '{stages.TEMPORAL}' to freeze"
         if stage.supervise:
             yield f"supervise: {list(stage.supervise)}: every frame is supervised. Leave it out"
 
