@@ -111,7 +111,15 @@ def test_image_batches_leave_the_temporal_parts_alone(runs: Runs, whole: Callabl
     assert counts["text.token_D"] is None
 
 
-@pytest.mark.parametrize(("zero", "step"), [(1, 4), (2, 3), (3, 4), (3, CROSS)])
+@pytest.mark.parametrize(
+    ("zero", "step"),
+    [
+        (2, 3),
+        (3, 4),
+        pytest.param(1, 4, marks=pytest.mark.nightly),
+        pytest.param(3, CROSS, marks=pytest.mark.nightly),
+    ],
+)
 def test_resuming_around_image_batches_is_bit_identical(
     runs: Runs, whole: Callable[[int], str], zero: int, step: int
 ) -> None:
@@ -122,6 +130,7 @@ def test_resuming_around_image_batches_is_bit_identical(
     assert runs.fingerprint(name) == runs.fingerprint(whole(zero))
 
 
+@pytest.mark.nightly
 def test_one_rank_without_recomputing_trains_the_same(runs: Runs, whole: Callable[[int], str]) -> None:
     runs.train("alone", 1, "zero.stage=0", "model.recompute=false")
     for step, line in runs.losses(whole(3)).items():
