@@ -219,9 +219,14 @@ def append_text(url: str, text: str) -> None:
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            view = memoryview(data)
-            while view:
-                view = view[os.write(handle, view) :]
+            before, view = os.lseek(handle, 0, os.SEEK_END), memoryview(data)
+            try:
+                while view:
+                    view = view[os.write(handle, view) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(handle, before)  # half a line would spoil the next one too
+                raise
         finally:
             os.close(handle)
     counters.request(written=len(data))

@@ -6,6 +6,8 @@ import contextlib
 import errno
 import multiprocessing
 import os
+import resource
+import signal
 import socket
 import threading
 import time
@@ -255,6 +257,22 @@ def test_a_signature_that_expired_is_renewed(proxy: FaultyProxy, s3_url: str) ->
 def test_a_full_disk_is_named() -> None:
     with pytest.raises(InputError, match=r"can't append to /dev/full: the disk is full .*free some space"):
         storage.append_text("/dev/full", "x")
+
+
+def test_a_line_that_the_disk_has_no_room_for_leaves_no_half(tmp_path: Path) -> None:
+    url = str(tmp_path / "log")
+    storage.append_text(url, "one\n")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))  # a write across it is cut short, as on a full disk
+        with pytest.raises(OSError, match="File too large"):
+            storage.append_text(url, "a long line\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    storage.append_text(url, "two\n")
+    assert storage.read_bytes(url) == b"one\ntwo\n"
 
 
 def test_a_place_that_is_no_folder_is_named(tmp_path: Path) -> None:
