@@ -68,6 +68,7 @@ __all__ = [
 FORMAT = 1
 BLOCK = 4 << 20
 RUN_BLOCKS = 8
+BACK = "Going back to the checkpoint before it; the steps since then are trained again."
 READERS = 8
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -298,6 +299,7 @@ class Checkpointer:
         _mark(self.lease, folder, Commit(step, attempt, _digest(data)), data)
         self._doing = f"deleting the checkpoints of steps {dropped}"
         for old in dropped:
+            self.lease.hold()  # what an attempt that was away for a while takes for old, a newer one may count on
             _unmark(_folder(self.run_url, old))
             storage.delete(_folder(self.run_url, old), recursive=True)
 
@@ -316,6 +318,7 @@ def _mark(lease: Lease, folder: str, commit: Commit, manifest: bytes) -> None:
         url = storage.join(folder, name)
         found = storage.read_versioned(url)
         if found is None or found[0] != data:
+            lease.hold()
             lease.swap(url, data, found[1] if found else None)
 
 
@@ -430,7 +433,7 @@ class Checkpoint:
             for name, engine in engines.items():
                 engine.restore(self[name])
         except Damaged as error:
-            warn(f"{error}. Going back to the checkpoint before it; the steps since then are trained again.")
+            warn(f"{error}. {BACK}")
             return False
         return True
 
@@ -611,12 +614,13 @@ class EngineState:
 def candidates(run_url: str, lease: Lease, warn: Warn) -> Iterator[Checkpoint | None]:
     """What a new attempt may go on from, newest first; None, alone, for a run that has committed nothing.
 
-    A collective. Rank 0 first finishes commits that an older attempt registered but did not mark, counts what is whole
-    and removes what dead attempts left half-written. Taking the next one strikes out the one before it, as damaged.
-    Raises InputError when all are damaged: a run never starts again from step 0 by itself.
+    A collective. Rank 0 first finishes commits that an older attempt registered but did not mark, counts what is whole,
+    warns of what was committed and is gone, and removes what dead attempts left half-written. Taking the next one
+    strikes out the one before it, as damaged. Raises InputError when all are damaged: a run never starts again from
+    step 0 by itself.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
-    steps = _agree(lambda: _take_stock(run_url, lease) if rank == 0 else None)
+    steps = _agree(lambda: _take_stock(run_url, lease, warn) if rank == 0 else None)
     if not steps:
         yield None
         return
@@ -625,14 +629,11 @@ def candidates(run_url: str, lease: Lease, warn: Warn) -> Iterator[Checkpoint | 
         try:
             yield _agree(lambda folder=folder: Checkpoint(folder) if rank == 0 else None)
         except Damaged as error:
-            warn(f"{error}. Going back to the checkpoint before it; the steps since then are trained again.")
+            warn(f"{error}. {BACK}")
         if rank == 0:
             lease.forget(step)
             _unmark(folder)
-    raise InputError(
-        f"every committed checkpoint of {storage.redact(run_url)} is damaged (steps {sorted(steps)}). Restore one from "
-        "a backup, or start again under another name."
-    )
+    raise InputError(_all_damaged(run_url, steps))
 
 
 def _agree(do: Callable[[], T]) -> T:
@@ -649,7 +650,7 @@ def _agree(do: Callable[[], T]) -> T:
     return answer[0]
 
 
-def _take_stock(run_url: str, lease: Lease) -> list[int]:
+def _take_stock(run_url: str, lease: Lease, warn: Warn) -> list[int]:
     whole = []
     registered = {commit.step: commit for commit in lease.commits()}
     for step in _steps(run_url):
@@ -661,11 +662,25 @@ def _take_stock(run_url: str, lease: Lease) -> list[int]:
         try:
             whole.append(_marker(folder))
         except storage.Missing:
-            storage.delete(folder, recursive=True)
+            if step not in registered:
+                lease.hold()
+                storage.delete(folder, recursive=True)
         except Damaged:
             whole.append(Commit(step, 0, ""))
+    lost = sorted(registered.keys() - {commit.step for commit in whole})
+    for step in lost:
+        warn(f"{storage.redact(_folder(run_url, step))} is damaged: it was committed, and COMMITTED is gone. {BACK}")
+    if lost and not whole:
+        raise InputError(_all_damaged(run_url, lost))
     lease.adopt(whole)
     return [commit.step for commit in whole]
+
+
+def _all_damaged(run_url: str, steps: Iterable[int]) -> str:
+    return (
+        f"every committed checkpoint of {storage.redact(run_url)} is damaged (steps {sorted(steps)}). Restore one from "
+        "a backup, or start again under another name."
+    )
 
 
 def _marker(folder: str) -> Commit:

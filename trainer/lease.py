@@ -101,6 +101,10 @@ class Lease:
             if self.swap(self.url, _bytes(new), found[1] if found else None):
                 return new["attempt"]
 
+    def hold(self) -> None:
+        """Raises Fenced where another attempt has taken the run over."""
+        self._read()
+
     def commits(self) -> list[Commit]:
         """What counts, oldest first; raises Fenced."""
         return [Commit(**entry) for entry in self._read()[0]["commits"]]

@@ -344,6 +344,46 @@ def test_older_attempt_is_fenced(run_url: str) -> None:
     assert new.attempt == 2
 
 
+def test_an_attempt_that_is_replaced_while_it_takes_stock_removes_nothing(
+    run_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(run_url, (1,))
+    old, begun = Lease.take(run_url), folder(run_url, 2) / "rank-00000.a3.safetensors"
+    look = storage.list_dir
+
+    def late(url: str) -> list[storage.Entry]:
+        if not begun.exists():
+            assert Lease.take(run_url).attempt == 3
+            storage.write_bytes(str(begun), b"of the new attempt, which has not committed it yet")
+        return look(url)
+
+    monkeypatch.setattr(storage, "list_dir", late)
+    with pytest.raises(Fenced, match="replaced by attempt 3"):
+        list(checkpoint.candidates(run_url, old, lambda text: None))
+    assert begun.exists()
+
+
+def test_an_attempt_that_is_replaced_just_after_its_commit_marks_and_deletes_nothing(
+    run_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = commit(run_url, (1,), keep=1)
+    register = Lease.register
+
+    def late(lease: Lease, *args: Any) -> list[int]:
+        dropped = register(lease, *args)
+        assert Lease.take(run_url).attempt == 2
+        return dropped
+
+    saver = Checkpointer(run_url, old, keep=1, timeout=10)
+    with monkeypatch.context() as patch:
+        patch.setattr(Lease, "register", late)
+        saver.save(2, {"model": Plain(2)}, {})
+        with pytest.raises(Fenced, match="replaced by attempt 2"):
+            saver.close()
+    assert (folder(run_url, 1) / "COMMITTED").exists() and not (folder(run_url, 2) / "COMMITTED").exists()
+    assert resume(run_url) == (2, 2.0, []), "it counts, so the new attempt marks it"
+
+
 @pytest.mark.parametrize("answer", ["ignored", "refused"])
 def test_storage_without_conditional_writes_fences_less_and_says_so(
     run_url: str, monkeypatch: pytest.MonkeyPatch, answer: str
@@ -436,6 +476,27 @@ def test_registered_commit_is_completed_by_the_next_attempt(run_url: str, missin
     assert checkpoint.newest_step(run_url) == 1
     assert resume(run_url) == (2, 2.0, [])
     assert checkpoint.newest_step(run_url) == 2
+
+
+@pytest.mark.parametrize("missing", [("COMMITTED", "manifest.json", "manifest.a1.json"), None])
+def test_committed_checkpoint_that_is_gone_is_not_passed_over_in_silence(
+    run_url: str, missing: tuple[str, ...] | None
+) -> None:
+    def lose(step: int) -> None:
+        for name in missing or ():
+            (folder(run_url, step) / name).unlink()
+        if missing is None:
+            shutil.rmtree(folder(run_url, step))
+
+    commit(run_url, (1, 2))
+    lose(2)
+    step, value, warnings = resume(run_url)
+    assert (step, value) == (1, 1.0)
+    assert len(warnings) == 1 and "step-00000002 is damaged: it was committed, and COMMITTED is gone" in warnings[0]
+    assert resume(run_url) == (1, 1.0, []), "it is said once"
+    lose(1)
+    with pytest.raises(InputError, match=r"every committed checkpoint of .* is damaged \(steps \[1\]\)"):
+        resume(run_url)
 
 
 def test_lost_lease_counts_what_is_on_storage(run_url: str) -> None:
