@@ -1,4 +1,4 @@
-"""What every test of this folder starts from: ARVAE with a few channels through all of its stages, and what must hold.
+"""What every test of this folder starts from: a small model through all stages of its recipe, and what must hold.
 
 A *lab* is a folder with a manifest, its runs, and the uninterrupted runs that others are held against.
 """
@@ -30,19 +30,47 @@ def smoke(dataset: str, steps: int, **changes: Any) -> dict[str, Any]:
         "name": "smoke",
         "recipe": "arvae",
         "model": {"down": 4, **small, "spynet": spynet, "first_frame": first_frame, "perceptual": None},
+        "optimizer": {"lr": 1e-3, "warmup": 2},
+        "clip": {"sizes": [[32, 32]]},
+        "stages": {name: {"steps": steps, "losses": dict(LOSSES)} for name in STAGES},
+        **_run(dataset),
+        **changes,
+    }
+
+
+def rivals(dataset: str, steps: int, **changes: Any) -> dict[str, Any]:
+    """The same of DeCo-VAE: 4 times ``steps`` in all, of which the last ``steps`` against an adversary."""
+    backbone = {"low": 4, "high": 6, "separate": 1, "fused": 1, "iterations": 1, "iteration_layers": 1}
+    losses = {"l1": 1, "lpips": 0, "kl": 1e-6, "dwt_low": 0.1, "dwt_high": 0.1}
+    adversary = {"start": steps, "network": {"width": 4, "layers": 2}, "adaptive": 10.0, "lecam": 0.1}
+    return {
+        "name": "rivals",
+        "recipe": "decovae",
+        "model": {"latent_channels": 2, "backbone": backbone, "motion": {"width": 4, "latent": 4}, "perceptual": None},
+        "optimizer": {"lr": 1e-3, "warmup": 0},
+        "clip": {"frames": 5, "sizes": [[32, 32]]},
+        "stages": {
+            "motion": {"steps": steps},
+            "static": {"steps": steps, "losses": dict(losses)},
+            "dynamic": {"steps": 2 * steps, "losses": losses, "adversary": adversary},
+        },
+        **_run(dataset),
+        **changes,
+    }
+
+
+def _run(dataset: str) -> dict[str, Any]:
+    """What is no model's own: two workers, everything of a run written down."""
+    return {
         "data": {"train": dataset},
         "batch": 4,
         "precision": "fp32",
         "ema": 0.9,
-        "optimizer": {"lr": 1e-3, "warmup": 2},
-        "clip": {"sizes": [[32, 32]]},
-        "stages": {name: {"steps": steps, "losses": dict(LOSSES)} for name in STAGES},
         "workers": {"count": 2},
         "checkpoint": {"every_steps": 2, "keep": 3},
         "failure": {"hang_seconds": 60},
         "telemetry": {"log_every": 1, "tensorboard": False},
         "trace": True,
-        **changes,
     }
 
 

@@ -1,11 +1,12 @@
-"""Chaos: a seeded schedule of faults over ARVAE smoke runs, and what must hold after each.
+"""Chaos: a seeded schedule of faults over smoke runs, and what must hold after each.
 
     python -m tests.chaos.rounds --rounds 50 --seed 1 [--places disk s3 ray]
 
-A round is one run of 16 steps through all of ARVAE's stages, on two ranks at a ZeRO stage, with two faults drawn from
-(seed, round). *disk* and *s3* are groups of processes as torchrun starts them, started again by this script; *s3* keeps
-the run on a real object store, behind a proxy that can fail; *ray* is the command under a Ray cluster of three nodes.
-A fault comes a drawn moment after the attempt began, which may be its start-up, or after a drawn step of it.
+A round is one run of 16 steps, on two ranks at a ZeRO stage, with two faults drawn from (seed, round): through all of
+ARVAE's stages, or through DeCo-VAE's, with other parts frozen in each and an adversary that starts late. *disk* and
+*s3* are groups of processes as torchrun starts them, started again by this script; *s3* keeps the run on a real object
+store, behind a proxy that can fail; *ray* is the command under a Ray cluster of three nodes. A fault comes a drawn
+moment after the attempt began, which may be its start-up, or after a drawn step of it.
 
 After each: the traces show every place of the clip sequence exactly once in the history that survived, the fingerprint
 is that of an uninterrupted run, and the ledger's seconds add up to the wall time within 1%.
@@ -25,26 +26,29 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipelines import storage, synthetic
 from pipelines.pack import pack
 from pipelines.rules import Card, PackRules
-from tests.chaos.lab import Lab, smoke
+from tests.chaos.lab import Lab, rivals, smoke
 from tests.chaos.nodes import Command, Nodes
 from tests.pipelines.faulty import Fault, FaultyProxy
+from tests.trainer.processes import Group
 from trainer import checkpoint
 
 ROOT = Path(__file__).parents[2]
 KINDS = {
-    "disk": ("worker", "command", "stop", "flip", "cut", "half"),
-    "s3": ("store", "failing", "slow", "worker", "command", "flip", "half"),
+    "disk": ("worker", "command", "stop", "zombie", "flip", "cut", "half"),
+    "s3": ("store", "failing", "slow", "worker", "command", "zombie", "flip", "half"),
     "ray": ("worker", "controller", "node", "drain", "command", "stop"),
 }
-"""worker: one rank; command: all of it; stop: SIGTERM; flip, cut: the newest checkpoint is damaged after a kill;
-half: a kill leaves a half-written one; store: the object store, in the middle of an upload; controller, node, drain:
-Ray's."""
+"""worker: one rank; command: all of it; stop: SIGTERM; zombie: an attempt stands still, and goes on when another one
+trains; flip, cut: the newest checkpoint is damaged after a kill; half: a kill leaves a half-written one; store: the
+object store, in the middle of an upload; controller, node, drain: Ray's."""
+MODELS = {"arvae": smoke, "decovae": rivals}
 
 
 class Blow(NamedTuple):
@@ -67,6 +71,7 @@ class Round:
     place: str
     zero: int
     blows: tuple[Blow, ...]
+    model: str = "arvae"
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -88,7 +93,8 @@ def schedule(seed: int, rounds: int, places: Sequence[str], blows: int = 2) -> l
             early = draw.random() < 0.25
             step = None if early else draw.randint(1, 5)
             drawn.append(Blow(decks[place].pop(), step, draw.uniform(0, 3.0 if early else 0.5)))
-        planned.append(Round(number, place, draw.choice((1, 2, 3)), tuple(drawn)))
+        model = list(MODELS)[number // len(places) % len(MODELS)]
+        planned.append(Round(number, place, draw.choice((1, 2, 3)), tuple(drawn), model))
     return planned
 
 
@@ -137,6 +143,8 @@ def run_processes(lab: Lab, plan: Round, store: Store | None = None) -> None:
             if blow.kind in ("store", "failing", "slow"):
                 assert store is not None
                 store.strike(blow.kind, alive)
+            elif blow.kind == "zombie":
+                _outlive(lab, plan, group, sets, env)
             elif blow.kind == "stop":
                 for process in group.ranks:
                     with contextlib.suppress(ProcessLookupError):
@@ -159,6 +167,24 @@ def run_processes(lab: Lab, plan: Round, store: Store | None = None) -> None:
             if codes == [0, 0]:
                 return
     raise AssertionError(f"{plan.name} ended with {codes}:\n{group.said}")
+
+
+def _outlive(lab: Lab, plan: Round, old: Group, sets: Sequence[str], env: Mapping[str, str] | None) -> None:
+    """Another attempt trains while the old one, believed dead, goes on. The old one ends by itself; both are over."""
+
+    def signalled(number: int) -> None:
+        for process in old.ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+
+    signalled(signal.SIGSTOP)
+    before = len(lab.lines(plan.name))
+    with lab.start(plan.name, *sets, env=env) as heir:
+        alive = lambda: all(process.exitcode is None for process in heir.ranks)  # noqa: E731
+        _await(lambda: len(lab.lines(plan.name)) >= before + 2, alive)
+        signalled(signal.SIGCONT)
+        codes = old.wait(120)
+        assert set(codes) <= {0, 1}, f"{codes}:\n{old.said}"
 
 
 def _await(ready: Callable[[], bool], alive: Callable[[], bool], seconds: float = 180.0) -> None:
@@ -350,17 +376,20 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="moviola-chaos-", dir="/tmp"))
     good = 0
     with contextlib.ExitStack() as stack:
-        plain = smoke(str(dataset(folder)), steps=4)
-        labs = {place: Lab(folder / place, plain) for place in args.places if place != "s3"}
         store = stack.enter_context(ceph()) if "s3" in args.places else None
-        if store is not None:
-            labs["s3"] = Lab(folder / "s3", plain, runs="s3://moviola/chaos")
+        data = str(dataset(folder))
+        labs: dict[tuple[str, str], Lab] = {}
+        for place, (model, plain) in product(args.places, MODELS.items()):
+            runs = f"s3://moviola/chaos/{model}" if place == "s3" else None
+            labs[place, model] = Lab(folder / f"{place}-{model}", plain(data, steps=4), runs)
         nodes = stack.enter_context(Nodes(2)) if "ray" in args.places else None
-        print("| round | place | ZeRO | faults | attempts | clips again | trace | fingerprint | ledger off | s |")
-        print("|--:|---|--:|---|--:|--:|---|---|--:|--:|", flush=True)
+        print(
+            "| round | place | model | ZeRO | faults | attempts | clips again | trace | fingerprint | ledger off | s |"
+        )
+        print("|--:|---|---|--:|---|--:|--:|---|---|--:|--:|", flush=True)
         planned = schedule(args.seed, args.rounds, args.places)
         for plan in planned:
-            lab = labs[plan.place]
+            lab = labs[plan.place, plan.model]
             began = time.monotonic()
             lab.whole(plan.zero)
             whole = time.monotonic() - began
@@ -372,11 +401,13 @@ def main() -> int:
                     run_processes(lab, plan, store if plan.place == "s3" else None)
                 verdict = judge(lab, plan.name, plan.zero)
             except Exception as error:
-                print(f"| {plan.number} | {plan.place} | {plan.zero} | {'; '.join(plan.notes)} | FAILED: {error!r} |")
+                head = f"{plan.number} | {plan.place} | {plan.model} | {plan.zero} | {'; '.join(plan.notes)}"
+                print(f"| {head} | FAILED: {error!r} |", flush=True)
                 continue
             good += verdict.good
             said = ["exact" if verdict.trace else "NOT EXACT", "same" if verdict.fingerprint else "DIFFERS"]
-            cells = [plan.number, plan.place, plan.zero, "; ".join(plan.notes), verdict.attempts, verdict.redone, *said]
+            cells = [plan.number, plan.place, plan.model, plan.zero, "; ".join(plan.notes)]
+            cells += [verdict.attempts, verdict.redone, *said]
             seconds = time.monotonic() - began - whole
             print(f"| {' | '.join(map(str, cells))} | {verdict.imbalance:.2%} | {seconds:.0f} |", flush=True)
     print(f"\n{good} of {args.rounds} rounds hold (seed {args.seed})")
