@@ -31,7 +31,7 @@ from trainer import examine, run
 from trainer.recipe import Latent
 
 FRAMES, SIZE = 9, 64
-SIZES = {"structural": 80, "adaptive": 240, "flow": 300, "post": 80}
+SIZES = {"structural": 60, "adaptive": 120, "flow": 300, "post": 80}
 """Steps of each stage."""
 LEVELS = (0.1, 0.3, 0.5)
 CODEC = [
