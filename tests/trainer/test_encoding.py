@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -125,6 +127,7 @@ def takes_a_step(dataset: index.Dataset) -> None:
     plan = Schedule([stage.model_copy(update={"steps": 1, "batch": 8})], 8, 0).plan
     loader = Loader([(dataset, 1.0)], None, plan, 1, seed=0, micro_batch=8)
     ((_, (batch,)),) = loader.iter_from(0)
+    assert (batch.caption_emb_BLD is None) == (dataset.caption_width == 0)
     loss = recipe.step(model, batch, stage, recipe.teachers()).loss
     loss.backward()
     assert 1.2 < float(loss.detach()) < 2.8
@@ -196,6 +199,37 @@ def test_what_is_complete_is_left_and_what_is_other_refused(whole: Path, small_d
     (tmp_path / "other" / "a.tar").touch()
     with pytest.raises(InputError, match=r"already holds 1 shards \(a.tar ...\) and no encoding to go on with"):
         encode(str(small_dataset), str(tmp_path / "other"))
+
+
+def captioned(source: Path, dest: Path) -> None:
+    """The dataset with an embedding of its own beside every second clip."""
+    dest.mkdir()
+    for shard in sorted(source.glob("*.tar")):
+        with tarfile.open(shard) as old, tarfile.open(dest / shard.name, "w") as new:
+            for n, member in enumerate(old):
+                new.addfile(member, old.extractfile(member))
+                if member.name.endswith(".json") and n % 4 == 1:
+                    told = io.BytesIO()
+                    np.save(told, np.full((2, 3), n, np.float16))
+                    info = tarfile.TarInfo(member.name.replace(".json", ".t5.npy"))
+                    info.size = told.tell()
+                    told.seek(0)
+                    new.addfile(info, told)
+    index.index_dataset(str(dest), extra={"text_encoder": "tiny-t5"})
+
+
+def test_captions_come_along(small_dataset: Path, tmp_path: Path) -> None:
+    captioned(small_dataset, tmp_path / "clips")
+    encode(str(tmp_path / "clips"), str(tmp_path / "latents"))
+    source, dataset = (index.open_dataset(str(tmp_path / name)) for name in ("clips", "latents"))
+    layout = dataset.latents
+    assert layout is not None and (layout.caption_width, layout.text_encoder) == (3, "tiny-t5")
+    told = {row["key"].decode(): row["caption_crc"] for _, rows in source.all_records() for row in rows}
+    kept = {row["key"].decode(): row["caption_crc"] for _, rows in dataset.all_records() for row in rows}
+    assert len(kept) == 12 * WINDOWS and len(set(told.values())) > 3
+    assert all(crc == told[key[:-4]] for key, crc in kept.items())
+    assert dataset.card.counts["captions"] == source.card.counts["captions"] * WINDOWS == 12
+    takes_a_step(dataset)
 
 
 BACKBONE = {"low": 4, "high": 6, "separate": 1, "fused": 1, "iterations": 1, "iteration_layers": 1}

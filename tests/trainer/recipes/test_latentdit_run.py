@@ -203,6 +203,7 @@ def test_post_training_moves_the_decoder_alone(post: Runs, codec: Runs) -> None:
     assert codecs.load(post.url("post")).digest() != codecs.load(codec.url("onedva")).digest()
 
 
+@pytest.mark.nightly
 def test_the_predictor_counts(post: Runs, dit: Runs) -> None:
     """The same run with another predictor, that of step 1, has other weights at the end."""
     other = f"{dit.url('dit')}/checkpoints/step-00000001"
