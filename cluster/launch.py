@@ -30,6 +30,7 @@ from trainer.lease import Fenced
 from trainer.loop import Outcome
 from trainer.manifest import RunManifest
 from trainer.metrics import PACE_LINES, seconds_left
+from trainer.run import is_done
 
 RAY_DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -206,7 +207,7 @@ def foreground(manifest: RunManifest, run_url: str, console: Console, watch: Wat
     few times a second. Returns ``done`` or ``stopped``; raises InputError when the run failed for a reason that the
     user can mend, Ray Train's error otherwise.
     """
-    if checkpoint.newest_step(run_url) == manifest.schedule.steps:
+    if is_done(manifest, run_url):
         note(run_url, "done", step=manifest.schedule.steps)
         return "done"
     service = Service(manifest, run_url)

@@ -27,7 +27,7 @@ from cluster import kubernetes, runs
 from cluster.events import Follower, note
 from pipelines import storage
 from pipelines.faults import InputError, near
-from trainer import checkpoint, plan
+from trainer import plan
 from trainer import run as folder
 from trainer.manifest import LEAVE_SECONDS, RunManifest
 
@@ -81,7 +81,7 @@ def submit(manifest: RunManifest, runs_url: str, target: str) -> Submitted:
         launch["namespace"] = _required(manifest.kubernetes).namespace
         manifest = _scraped(manifest)
     claimed, run_url = folder.claim(manifest, runs_url, launch)
-    if checkpoint.newest_step(run_url) == claimed.schedule.steps:
+    if folder.is_done(claimed, run_url):
         note(run_url, "done", step=claimed.schedule.steps)
         return Submitted(claimed.name, run_url, target, None)
     try:

@@ -43,8 +43,8 @@ class FixedClips:
     """The same clips each time that they are gone through: ``count`` spread evenly over the dataset (None: all),
     central crops, no flip; with the embeddings of their captions, unless ``captions`` says not.
 
-    Of several ranks each takes its share of them. A clip that is too short for the rule is left out; one that can't be
-    read raises InputError: a fixed set must not shrink silently.
+    Of several ranks each takes its share of them, and calls ``pace`` equally often. A clip that is too short for the
+    rule is left out; one that can't be read raises InputError: a fixed set must not shrink silently.
     """
 
     dataset: index.Dataset
@@ -54,12 +54,17 @@ class FixedClips:
     rank: int = 0
     world: int = 1
     captions: bool = True
+    pace: Callable[[], None] = lambda: None
 
     def __iter__(self) -> Iterator[Clip]:
         """Reads and decodes them, one after another."""
         dataset, total, count = self.dataset, self.dataset.clips, self.count
         chosen = range(total) if count is None or count >= total else [i * total // count for i in range(count)]
-        for clip in chosen[self.rank :: self.world]:
+        for first in range(0, len(chosen), self.world):
+            self.pace()
+            if first + self.rank >= len(chosen):
+                break
+            clip = chosen[first + self.rank]
             shard, row = dataset.locate(clip)
             record = dataset.records(shard, row, row + 1)[0]
             source = Source(dataset.name, dataset.files[shard], record["key"].decode())
@@ -148,12 +153,18 @@ class Examination:
         self._rule, self._size = fixed_rule(manifest)
 
     def sit(
-        self, run_url: str, weights: Mapping[str, Tensor], world: Group
+        self,
+        run_url: str,
+        weights: Mapping[str, Tensor],
+        world: Group,
+        pace: Callable[[], None] = lambda: None,
+        hold: Callable[[], None] = lambda: None,
     ) -> tuple[Mapping[str, Any], list[pictures.Views]]:
         """Measures whole ``weights``, on all ranks together: the figures, and on rank 0 some clips to look at.
 
         Rank 0 also writes the run's ``evaluation.json`` and ``samples/``. Weights and random state of training are left
-        alone; the model is built anew, and gone afterwards.
+        alone; the model is built anew, and gone afterwards. What ``pace`` raises before a clip, on all ranks at the
+        same one, ends it; so does ``hold``, called before rank 0 writes.
         """
         recipe = codec_of(self._manifest.loaded_recipe, self._manifest.name)
         count = self._manifest.evaluation.clips
@@ -162,7 +173,7 @@ class Examination:
         codec = Codec(recipe, model, device=self._device)
         report = evaluate(
             codec.round_trip,
-            FixedClips(self._dataset, self._rule, self._size, count, world.rank, world.size),
+            FixedClips(self._dataset, self._rule, self._size, count, world.rank, world.size, pace=pace),
             perceptual=self._perceptual,
             device=self._device,
         )
@@ -170,6 +181,7 @@ class Examination:
             return report.values, []
         shown = list(FixedClips(self._dataset, self._rule, self._size, DRAWN))
         views = look(recipe, codec.model, shown, self._device)
+        hold()
         storage.write_bytes(storage.join(run_url, "evaluation.json"), report.json().encode())
         write(views, storage.join(run_url, "samples"), video=False)
         return report.values, views

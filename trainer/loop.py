@@ -33,11 +33,15 @@ from trainer.examine import Examination
 from trainer.flops import FlopMeter
 from trainer.heartbeat import STEP, Heartbeat
 from trainer.manifest import LEAVE_SECONDS, RunManifest
-from trainer.run import models_of
+from trainer.run import is_done, models_of
 from trainer.signals import Signals
 from trainer.telemetry import Ledger, Telemetry, read_lines
 
 Outcome = Literal["done", "stopped"]
+
+
+class _Interrupted(Exception):
+    """An evaluation was given up, on all ranks before the same clip."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +144,12 @@ def _train(
 
     for saved in checkpoint.candidates(run_url, lease, warn):
         first = saved.step if saved else 0
-        if first >= schedule.steps:
-            return _finish("done", first, telemetry, ledger)
+        if saved and first >= schedule.steps:
+            try:
+                return _whole(saved, manifest, run_url, world, lease, telemetry, ledger)
+            except checkpoint.Damaged as error:
+                warn(f"{error}. {checkpoint.BACK}")
+                continue
         stage = schedule.stage(first)
         engine = Engine(
             recipe.build(manifest.seed), stage, manifest.optimizer_for(stage), zero_stage=manifest.zero.stage,
@@ -168,8 +176,19 @@ def _train(
         on_start(signals)
     digest = manifest.digest()
     outcome: Outcome = "done"
-    noticed, seconds = False, 0.0
+    noticed, owed, seconds = False, False, 0.0
     since, since_place, since_step = time.monotonic(), schedule.plan(first).place, first
+
+    def margin() -> float:
+        """Seconds that leaving takes: a step, a checkpoint, and as much again."""
+        return LEAVE_SECONDS + 2 * (seconds + saver.seconds)
+
+    def pace() -> None:
+        """Ends an evaluation where the run shall end, or a machine goes."""
+        now = signals.agreed(margin())
+        if now.stop or now.leave:
+            raise _Interrupted
+
     ledger.ready()
     heartbeat.at(first, "waiting for data")
     with telemetry, contextlib.closing(clips), signals:
@@ -230,20 +249,23 @@ def _train(
                 since, since_place, since_step = now, place, done
                 telemetry.log(record, summed, ledger, clips.metrics)
             seconds = max(seconds, time.monotonic() - began)
-            wish = signals.agreed(margin=LEAVE_SECONDS + 2 * (seconds + saver.seconds))
-            due = done % manifest.checkpoint.every_steps == 0 or done == schedule.steps
+            wish = signals.agreed(margin())
+            owed = exam is not None and (done % exam.every_steps == 0 or done == schedule.steps)
+            due = owed or done % manifest.checkpoint.every_steps == 0 or done == schedule.steps
             if due or wish.stop or wish.leave or wish.notice > noticed:
                 heartbeat.at(step, "handing over a checkpoint")
                 with ledger.span("checkpoint"):
                     state = {"step": done, "stage": stage.name, "loader": clips.state_dict(done)}
                     engines = adversaries.engines(engine, adversary)
                     saver.save(done, engines, {**state, "ledger": ledger.state(), "manifest": digest})
-            leaving = wish.stop or wish.leave
-            if exam and (done == schedule.steps or (done % exam.every_steps == 0 and not leaving)):
+            if exam and owed and not (wish.stop or wish.leave):
                 heartbeat.at(step, "evaluating")
                 paused = time.monotonic()
-                with ledger.span("evaluation"):
-                    telemetry.evaluated(done, *exam.sit(run_url, engine.weights(ema=bool(manifest.ema)), world))
+                with ledger.span("evaluation"), contextlib.suppress(_Interrupted):
+                    weights = engine.weights(ema=bool(manifest.ema))
+                    found = exam.sit(run_url, weights, world, pace, lease.hold)
+                    telemetry.evaluated(done, *found)
+                    owed = False
                 since += time.monotonic() - paused
             saver.check()
             _note_commit(saver, ledger, telemetry)
@@ -267,11 +289,31 @@ def _train(
         with ledger.span("checkpoint"):
             saver.close()
         _note_commit(saver, ledger, telemetry)
+    if owed:  # the last evaluation; the next attempt makes up for it
+        outcome = "stopped"
     return _finish(outcome, step + 1, telemetry, ledger)
 
 
 def _frozen(networks: Mapping[str, nn.Module], world: World) -> nn.ModuleDict:
     return nn.ModuleDict(networks).to(world.device).requires_grad_(False).eval()
+
+
+def _whole(
+    saved: checkpoint.Checkpoint,
+    manifest: RunManifest,
+    run_url: str,
+    world: World,
+    lease: checkpoint.Lease,
+    telemetry: Telemetry,
+    ledger: Ledger,
+) -> Outcome:
+    """Nothing is left to train; the last evaluation may be missing. Raises Damaged where the weights are."""
+    if not is_done(manifest, run_url):
+        weights = checkpoint.load_weights(saved.url, ema=bool(manifest.ema))
+        exam = Examination(manifest, world.device)
+        with ledger.span("evaluation"):
+            telemetry.evaluated(saved.step, *exam.sit(run_url, weights, world, hold=lease.hold))
+    return _finish("done", saved.step, telemetry, ledger)
 
 
 def _finish(outcome: Outcome, step: int, telemetry: Telemetry, ledger: Ledger) -> Outcome:

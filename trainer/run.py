@@ -22,6 +22,7 @@ from trainer import recipe as recipes
 from trainer.manifest import RunManifest
 from trainer.recipe import Recipe
 from trainer.stage import Stage
+from trainer.telemetry import read_lines
 
 
 def url_of(runs: str, name: str) -> str:
@@ -159,6 +160,15 @@ def load(run_url: str, *, missing_ok: bool = False) -> RunManifest | None:
             return None
         raise InputError(f"no run at {storage.redact(run_url)}; `moviola list` shows what there is", status=2) from None
     return manifest.validate(manifest.parse(text, run_url), run_url)
+
+
+def is_done(run: RunManifest, run_url: str) -> bool:
+    """Whether the last step is committed, and evaluated where the manifest asks for it."""
+    steps = run.schedule.steps
+    if checkpoint.newest_step(run_url) != steps:
+        return False
+    events = read_lines(storage.join(run_url, "events.jsonl")) if run.evaluation.every_steps else []
+    return not run.evaluation.every_steps or any(e["event"] == "evaluation" and e["step"] == steps for e in events)
 
 
 @dataclass(frozen=True)

@@ -318,3 +318,38 @@ def test_evaluating_on_the_way_changes_no_bit(runs: Runs, whole: Callable[[int],
     facts, tiles = pictures.read_sheet(Path(url, "samples/frames-00.png").read_bytes())
     assert facts["views"][:2] == ["original", "reconstruction"] and facts["views"][-1] == "error"
     assert tiles.size == (facts["columns"] * 32, len(facts["views"]) * 32)
+
+
+@pytest.mark.nightly
+def test_an_evaluation_gives_way_to_a_stop_and_the_last_one_is_made_up_for(
+    runs: Runs, whole: Callable[[int], str], small_dataset: Path
+) -> None:
+    name, held_back = "interrupted", runs.folder / "held-back-too"
+    shutil.copytree(small_dataset, held_back)
+    slow = "evaluation={every_steps: 6, clips: 12, lpips: {backbone: vgg, weights: random}}"
+    sets = (f"data.eval={held_back}", slow, "zero.stage=3", "checkpoint.every_steps=4")
+    with runs.start(name, 2, *sets) as group:
+        until(lambda: len(runs.lines(name)) == 6, group, 240)
+        os.kill(group.ranks[1].pid, signal.SIGTERM)
+        assert group.wait() == [75, 75], group.said
+    events = runs.lines(name, "events")
+    assert events[-1]["event"] == "stopped" and events[-1]["step"] in (6, 7)
+    assert 6 in [event["step"] for event in events if event["event"] == "commit"], "what is evaluated is committed"
+
+    with runs.start(name, 2, *sets) as group:
+        until(lambda: checkpoint.newest_step(runs.url(name)) == LAST, group, 240)
+        for process in group.ranks:
+            process.kill()
+        group.wait()
+    assert not [event for event in runs.lines(name, "events") if event["event"] == "evaluation"]
+
+    trained = runs.lines(name)
+    runs.train(name, 2, *sets)
+    assert runs.lines(name) == trained, "no step is trained again"
+    events = runs.lines(name, "events")
+    assert [event["step"] for event in events if event["event"] == "evaluation"] == [LAST]
+    assert events[-1]["event"] == "done" and Path(runs.url(name), "evaluation.json").exists()
+    same(runs, name, whole(3))
+    adds_up(runs, name)
+    runs.train(name, 2, *sets)
+    assert [event["event"] for event in runs.lines(name, "events")[len(events) :]] == ["launch", "done"]

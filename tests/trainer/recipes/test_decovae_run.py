@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.trainer.test_loop import Runs
+from tests.trainer.test_loop import Runs, until
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint
 
@@ -114,6 +114,25 @@ def test_resuming_around_the_border_and_the_adversarys_start_is_bit_identical(
     assert list(runs.losses(name, attempt=2)) == list(range(step, LAST))
     assert runs.losses(name) == runs.losses(whole(zero))
     assert runs.fingerprint(name) == runs.fingerprint(whole(zero))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_two_processes_then_one_then_two_with_an_adversary(runs: Runs, whole: Callable[[int], str], zero: int) -> None:
+    fixed, shrunk, grown = whole(zero), f"shrunk-zero{zero}", f"grown-zero{zero}"
+    runs.cut(shrunk, fixed, DYNAMIC)
+    with runs.start(shrunk, 1, f"zero.stage={zero}") as group:
+        until(lambda: (checkpoint.newest_step(runs.url(shrunk)) or 0) >= LAST - 1, group)
+    runs.cut(grown, shrunk, LAST - 1)
+    runs.train(grown, 2, f"zero.stage={zero}")
+    assert [line["world"] for line in runs.lines(grown)] == [2, 2, 2, *[1] * (LAST - 1 - DYNAMIC), 2]
+    for step, line in runs.losses(grown).items():
+        for found, expected in zip(line, runs.losses(fixed)[step], strict=True):
+            assert found == pytest.approx(expected, rel=1e-4, abs=1e-6), f"step {step}"
+    for engine, average in (("model", True), ("adversary", False)):
+        found, expected = (checkpoint.load_weights(runs.url(n), average, engine) for n in (grown, fixed))
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=2e-5)
 
 
 def test_at_another_world_size_the_adversary_goes_on(runs: Runs, whole: Callable[[int], str]) -> None:
