@@ -54,7 +54,7 @@ def trained(paper: Paper, variant: Variant, seed: int, work: Path) -> str:
     url = work / "runs" / plain["name"]
     if not (url / "checkpoints" / f"step-{paper.all_steps:08d}" / "COMMITTED").exists():
         path = work / f"{plain['name']}.yaml"
-        path.write_text(yaml.safe_dump(plain, sort_keys=False))
+        path.write_text(yaml.safe_dump(json.loads(json.dumps(plain)), sort_keys=False))  # no aliases
         command = [sys.executable, "-m", "trainer", str(path), "--runs", str(work / "runs")]
         subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT, check=True, stdout=sys.stderr)
     return str(url)
