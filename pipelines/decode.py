@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,8 +65,8 @@ def probe(data: bytes, image: bool, name: str) -> Info:
 class Video:
     """An opened clip: its size as stored, and its frames by number, counted from 0. Close it, or use it in ``with``.
 
-    Raises Skip, here and in :meth:`read`: "undecodable", "absurd" for more pixels than memory should hold, "short" when
-    a frame is asked for that is not there.
+    Raises Skip, here and in :meth:`read`: "undecodable", "corrupt" for frames that the decoder had to make up, "absurd"
+    for more pixels than memory should hold, "short" when a frame is asked for that is not there.
     """
 
     def __init__(self, data: bytes, name: str, *, image: bool = False) -> None:
@@ -115,14 +115,18 @@ class Video:
         wanted = {times[number]: i for i, number in enumerate(frames)}
         context = self._stream.codec_context
         first = max((i for i, p in enumerate(packets) if p.is_keyframe and p.pts <= times[frames[0]]), default=0)
-        for number in range(first, len(packets) + 1):  # None, after the last packet, drains the decoder
-            packet = packets[number] if number < len(packets) else None
-            if packet is not None:
+
+        def decoded() -> Iterator[av.VideoFrame]:
+            for number in range(first, len(packets)):
+                packet = packets[number]
                 context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
-            for frame in context.decode(packet):
-                place = wanted.pop(frame.pts, None)
-                if place is not None:
-                    yield place, frame
+                yield from context.decode(packet)
+            yield from context.decode(None)
+
+        for frame, intact in _judged(decoded()):
+            place = wanted.pop(frame.pts, None)
+            if place is not None:
+                yield place, self._good(frame, intact, frames[place])
             if not wanted:
                 return
         raise Skip("undecodable", f"{self.name}: {len(wanted)} of {len(frames)} frames could not be decoded")
@@ -132,12 +136,17 @@ class Video:
         decoded = (frame for packet in [*packets, None] for frame in context.decode(packet))
         wanted = {number: i for i, number in enumerate(frames)}
         number = -1
-        for number, frame in enumerate(decoded):
+        for number, (frame, intact) in enumerate(_judged(decoded)):
             if number in wanted:
-                yield wanted[number], frame
+                yield wanted[number], self._good(frame, intact, number)
             if number == frames[-1]:
                 return
         raise Skip("short", f"{self.name}: frame {frames[-1]} was asked for, it has {number + 1}")
+
+    def _good(self, frame: av.VideoFrame, intact: bool, number: int) -> av.VideoFrame:
+        if not intact:
+            raise Skip("corrupt", f"{self.name}: frame {number} is damaged, or refers to one that is")
+        return frame
 
     @contextlib.contextmanager
     def _skips(self) -> Iterator[None]:
@@ -158,7 +167,10 @@ class Video:
 
 
 class TorchcodecVideo:
-    """The same by torchcodec, which needs FFmpeg's shared libraries on the machine; torch resizes, antialiased."""
+    """The same by torchcodec, which needs FFmpeg's shared libraries on the machine; torch resizes, antialiased.
+
+    It does not say which frames are damaged, so those pass, as FFmpeg patches them up.
+    """
 
     def __init__(self, data: bytes, name: str) -> None:
         self.name = name
@@ -218,6 +230,14 @@ def _scaler() -> VideoReformatter:
     if not hasattr(_thread, "scaler"):
         _thread.scaler = VideoReformatter()
     return _thread.scaler
+
+
+def _judged(frames: Iterable[av.VideoFrame]) -> Iterator[tuple[av.VideoFrame, bool]]:
+    """Frames in the order of showing, each with whether it and all since its keyframe came out without patching up."""
+    intact = True
+    for frame in frames:
+        intact = (intact or frame.key_frame) and not frame.is_corrupt
+        yield frame, intact
 
 
 def _packets(container: av.container.InputContainer) -> list[av.Packet]:

@@ -2,7 +2,8 @@
 
 ``index.json`` holds the card and a line a shard; ``SHARD.idx`` a fixed-width record a clip, in the order of the tar.
 A rank loads ``index.json`` and then, by ranged reads, the records of the clips it draws: ten million clips cost a rank
-a few megabytes. Digests form a chain: index.json covers each .idx, each record covers its clip's bytes.
+a few megabytes. Digests form a chain: index.json covers each .idx, each record is checked under its .idx's digest
+(so a single one can be read and trusted), and covers its clip's bytes.
 
 Any WebDataset of plain tars gets an index with :func:`index_dataset`, without being rewritten.
 """
@@ -34,7 +35,10 @@ from pipelines.contracts import LatentLayout
 from pipelines.decode import PIXELS_A_SIDE, Info, probe
 from pipelines.faults import InputError, Skip
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
+"""Records of format 1 have no check: of a large dataset, nobody notices an .idx that was written anew under a run."""
+
 MAGIC = b"MOVIOIX1"
 HEADER = struct.Struct("<8sII")  # magic, records, bytes of the longest key
 INDEX_MEMORY = 24 << 20
@@ -92,9 +96,22 @@ _FIELDS: list[tuple[str, str]] = [
 ]
 
 
-def record_type(key_bytes: int) -> np.dtype:
+def record_type(key_bytes: int, format: int = FORMAT) -> np.dtype:
     """The numpy type of a record whose keys take up to ``key_bytes`` bytes of UTF-8."""
-    return np.dtype([*_FIELDS, ("key", f"S{key_bytes}")])
+    check = [("check", "<u4")] if format > 1 else []
+    return np.dtype([*_FIELDS, *check, ("key", f"S{key_bytes}")])
+
+
+def _checks(records: np.ndarray, digest: str, first: int = 0) -> np.ndarray:
+    """What ``check`` is for records where it is 0 yet: a digest of each and its row (from ``first``), keyed with that
+    of its .idx.
+    """
+    key, rows = bytes.fromhex(digest), memoryview(records.tobytes())
+    found = bytearray()
+    for row in range(len(records)):
+        data = rows[row * records.itemsize : (row + 1) * records.itemsize]
+        found += hashlib.blake2b(data, digest_size=4, key=key, salt=(first + row).to_bytes(16, "little")).digest()
+    return np.frombuffer(found, "<u4")
 
 
 class Shard(BaseModel):
@@ -107,7 +124,8 @@ class Shard(BaseModel):
     clips: int = Field(ge=0, lt=1 << 62)
     key_bytes: int = Field(gt=0, le=65535, description="Width of a key in the records of the .idx.")
     digest: str = Field(
-        pattern="^[0-9a-f]{32}$", description="BLAKE2b-128 of the .idx file, which holds the CRC-32 of every clip."
+        pattern="^[0-9a-f]{32}$",
+        description="BLAKE2b-128 of the .idx file with all checks 0; it holds the CRC-32 of every clip.",
     )
 
 
@@ -130,9 +148,11 @@ def write_shard_index(url: str, file: str, members: Sequence[Member], bytes: int
     for name, _ in _FIELDS:
         records[name] = [getattr(member, name) for member in members]
     records["key"] = keys
-    data = HEADER.pack(MAGIC, len(members), key_bytes) + records.tobytes()
-    storage.write_bytes(storage.join(url, index_name(file)), data)
-    return Shard(file=file, bytes=bytes, clips=len(members), key_bytes=key_bytes, digest=_digest(data))
+    header = HEADER.pack(MAGIC, len(members), key_bytes)
+    digest = _digest(header + records.tobytes())
+    records["check"] = _checks(records, digest)
+    storage.write_bytes(storage.join(url, index_name(file)), header + records.tobytes())
+    return Shard(file=file, bytes=bytes, clips=len(members), key_bytes=key_bytes, digest=digest)
 
 
 def write_index(url: str, card: Card, shards: Sequence[Shard], base: str | None = None) -> str:
@@ -266,12 +286,21 @@ class Dataset:
     ``digest`` identifies the index: a run records it and a resumed run passes it as ``expect``.
     """
 
-    def __init__(self, url: str, card: Card, shards: Sequence[Shard] | _Columns, digest: str, base: str) -> None:
+    def __init__(
+        self,
+        url: str,
+        card: Card,
+        shards: Sequence[Shard] | _Columns,
+        digest: str,
+        base: str,
+        format: int = FORMAT,
+    ) -> None:
         shards = shards if isinstance(shards, _Columns) else _Columns(shards)
         self.url = url
         self.base = base
         self.card = card
         self.digest = digest
+        self.format = format
         self.files = shards.files
         self.shard_bytes = np.array(shards.bytes, np.int64)
         self.shard_digests = bytes(shards.digests)
@@ -279,7 +308,7 @@ class Dataset:
         clips = np.array(shards.clips, np.int64)
         self.first_clips = np.concatenate([[0], np.cumsum(clips)]).astype(np.int64)
         self.clips = int(self.first_clips[-1])
-        whole = int(clips @ (record_type(1).itemsize - 1 + self.key_bytes))
+        whole = int(clips @ (record_type(1, format).itemsize - 1 + self.key_bytes))
         self.keeps_records = whole <= INDEX_MEMORY
         self._kept: dict[int, np.ndarray] = {}
         self._reading: dict[int, threading.Lock] = {}
@@ -328,7 +357,7 @@ class Dataset:
         """Records of rows ``first`` to ``last`` (exclusive) of a shard.
 
         Small indexes are kept in memory, a shard at a time; of large ones exactly these rows are read. Raises
-        InputError for an .idx that is missing or does not belong to index.json.
+        InputError for an .idx that is missing, or rows that do not belong to index.json.
         """
         rows = int(self.first_clips[shard + 1] - self.first_clips[shard])
         last = rows if last is None else last
@@ -338,23 +367,41 @@ class Dataset:
             with reading:  # threads that want the same records wait for one read
                 kept = self._kept.get(shard)
                 if kept is None:
-                    kept = self._whole(shard)
+                    kept = self._sound(shard, 0, None, None)
                     if self.keeps_records:
                         self._kept[shard] = kept
             return kept[first:last]
-        record = record_type(int(self.key_bytes[shard]))
+        record = self._record(shard)
         start = HEADER.size + first * record.itemsize
-        data = self._read(shard, start, start + (last - first) * record.itemsize)
-        return np.frombuffer(data, record)
+        return self._sound(shard, first, start, start + (last - first) * record.itemsize)
 
-    def _whole(self, shard: int) -> np.ndarray:
-        data = self._read(shard, None, None)
-        if hashlib.blake2b(data, digest_size=16).digest() != self.shard_digests[16 * shard : 16 * shard + 16]:
-            raise InputError(
-                f"{self._index_url(shard)} does not belong to {storage.join(self.url, 'index.json')}: the dataset "
-                "changed; run `moviola index` on it again"
-            )
-        return np.frombuffer(data, record_type(int(self.key_bytes[shard])), offset=HEADER.size)
+    def _sound(self, shard: int, first: int, start: int | None, end: int | None) -> np.ndarray:
+        """Records of those bytes of the .idx (or of all), read again where they are not what index.json vouches for."""
+        record, digest = self._record(shard), self.shard_digests[16 * shard : 16 * shard + 16].hex()
+        for attempt in range(storage.REREADS + 1):
+            if attempt:
+                storage.pause("digest", attempt)
+            data = self._read(shard, start, end)
+            header = data[: HEADER.size] if start is None else b""
+            if (len(data) - len(header)) % record.itemsize:
+                continue
+            records = np.frombuffer(data, record, offset=len(header))
+            blank = records.copy()
+            if self.format > 1:
+                blank["check"] = 0
+            if start is None:
+                sound = _digest(header + blank.tobytes()) == digest
+            else:
+                sound = self.format == 1 or bool((records["check"] == _checks(blank, digest, first)).all())
+            if sound:
+                return records
+        raise InputError(
+            f"{storage.redact(self._index_url(shard))} does not belong to the index.json that this process read: the "
+            "dataset changed. Restore it, or run `moviola index` on it again and start a new run"
+        )
+
+    def _record(self, shard: int) -> np.dtype:
+        return record_type(int(self.key_bytes[shard]), self.format)
 
     def _index_url(self, shard: int) -> str:
         return storage.join(self.url, index_name(self.files[shard]))
@@ -414,12 +461,12 @@ def open_dataset(url: str, expect: str | None = None) -> Dataset:
         raise InputError(f"{where} is not an index: {place and place + ': '}{first['msg']}; index it again") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not an index: {error}; index it again") from None
-    if index.format != FORMAT:
-        raise InputError(f"{where} has format {index.format}; this version reads {FORMAT}; index it again")
+    if index.format not in READABLE:
+        raise InputError(f"{where} has format {index.format}; this version reads {READABLE[-1]}; index it again")
     for file in columns.files:
         if _climbs(file):
             raise InputError(f"{where} names {file!r}, which leaves the dataset; refused")
-    dataset = Dataset(url, index.card, columns, digest, index.base or url)
+    dataset = Dataset(url, index.card, columns, digest, index.base or url, index.format)
     if not dataset.clips:
         raise InputError(f"dataset {storage.redact(url)} holds no clips; pack or index it again")
     return dataset
@@ -575,7 +622,8 @@ def _indexed(destination: str) -> dict[str, Shard]:
     """Shards that already have an .idx: from index.json, and from the drafts of a killed run."""
     shards = {}
     try:
-        for line in storage.read_json(storage.join(destination, "index.json"))["shards"]:
+        old = storage.read_json(storage.join(destination, "index.json"))
+        for line in old["shards"] if old["format"] == FORMAT else ():
             shards[line["file"]] = Shard(**line)
     except (storage.Missing, InputError, KeyError, TypeError, ValueError):
         shards = {}

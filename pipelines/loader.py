@@ -41,7 +41,6 @@ WASTE = 0.045
 """Bytes between two wanted clips may be read along, up to this share of the wanted bytes, to save a request."""
 
 REQUEST_BYTES = 16 << 20
-REREADS = 2
 BLOCK = 512
 """Bytes of a tar header."""
 NAME_BYTES = 100
@@ -552,10 +551,10 @@ class _Pieces:
         offset, count = int(offset), int(count)
         first, piece = next((f, p) for f, p in self.pieces if f <= offset and offset + count <= f + len(p))
         data = piece[offset - first : offset - first + count]
-        for _ in range(REREADS):
+        for attempt in range(storage.REREADS):
             if zlib.crc32(data) == crc:
                 return data
-            storage.counters.retry("digest")
+            storage.pause("digest", attempt + 1)
             data = self.read(offset, offset + count)
         if zlib.crc32(data) == crc:
             return data

@@ -9,6 +9,7 @@ append_text(url, text)                                  grows a log
 read_versioned(url) -> (bytes, Version) | None; swap(url, data, expected) -> Version | None        compare and swap
 put_if_absent(url, data) -> bool
 exists, size, list_dir -> [Entry(name, bytes, is_dir)], delete(url, recursive=False), join(url, *parts), redact(text)
+pause(reason, attempt)                                  before bytes with a wrong digest are read again
 
 A reader sees the old object or the new one, never a part: local files are written beside their place, synced and
 renamed; S3 objects are one PUT, or a multipart upload that becomes visible when it is completed. Timeouts, resets, 429,
@@ -40,6 +41,7 @@ import urllib.request
 from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -117,6 +119,15 @@ class Counters:
 
 policy = RetryPolicy()
 counters = Counters()
+
+REREADS = 2
+"""How often bytes with a wrong digest are read again before what is stored is taken to be wrong."""
+
+
+def pause(reason: str, attempt: int) -> None:
+    """Counts a failed attempt (from 1) and waits as long as the policy says before the next one."""
+    counters.retry(reason)
+    time.sleep(policy.wait(attempt - 1, None))
 
 
 class Missing(InputError):
@@ -340,7 +351,7 @@ def is_remote(url: str) -> bool:
 
 
 _SECRETS = (
-    (re.compile(r"(?<=://)[^/@\s]+@"), ""),
+    (re.compile(r"(?<=://)(?:[^/@\s]+|[^/@:\s]+:(?!\d+/)[^@\s]*)@"), ""),  # secret keys may hold slashes
     (re.compile(r"(?i)\b(X-Amz-[\w-]+|AWSAccessKeyId|Signature|Expires)=[^&\s\"']+"), r"\1=***"),
     (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b"), "***"),
     (
@@ -879,7 +890,7 @@ class _S3:
         code, status, where = _code(error), _status(error), redact(url)
         bucket, key = _split(url)
         if code in ("NoSuchBucket", "InvalidBucketName"):
-            return InputError(f"can't {action} {where}: there is no bucket {bucket!r} at {self._where()}")
+            return InputError(f"can't {action} {where}: there is no bucket {redact(bucket)!r} at {self._where()}")
         if status == 412 or (status == 409 and code in ("ConditionalRequestConflict", "OperationAborted")):
             return _Refused(f"can't {action} {where}: it changed meanwhile")
         if code in ("NoSuchKey", "NoSuchUpload") or (status == 404 and key):
@@ -1007,8 +1018,13 @@ def _region(error: BaseException) -> str | None:
 
 
 def _retry_after(error: BaseException) -> float | None:
+    """Seconds, from a header of either form: a number of them, or a date."""
     value = _response(error).get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("retry-after", "")
-    return float(value) if re.fullmatch(r"\d+(\.\d+)?", value) else None
+    if re.fullmatch(r"\d+(\.\d+)?", value):
+        return float(value)
+    with contextlib.suppress(ValueError):
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    return None
 
 
 def _brief(error: BaseException) -> str:

@@ -280,7 +280,7 @@ def test_what_can_not_be_opened_says_why(any_url: str) -> None:
 def test_another_format_and_names_that_climb_are_refused(tmp_path: Path) -> None:
     shard = {"file": "../x.tar", "bytes": 1, "clips": 1, "key_bytes": 1, "digest": "0" * 32}
     for content, message in (
-        ({"format": 2, "card": {"name": "x"}, "shards": []}, "has format 2; this version reads 1"),
+        ({"format": 3, "card": {"name": "x"}, "shards": []}, "has format 3; this version reads 2"),
         ({"format": 1, "card": {"name": "x"}, "shards": [shard]}, "names '../x.tar', which leaves the dataset"),
     ):
         storage.write_json(str(tmp_path / "index.json"), content)
@@ -310,6 +310,46 @@ def _large(url: str, shards: int, clips: int) -> Dataset:
     line = write_shard_index(url, "one.tar", members, 1 << 26)
     write_index(url, Card(name="large"), [line] * shards)
     return open_dataset(url)
+
+
+def test_a_single_record_is_trusted_only_under_the_index_that_the_run_read(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    dataset = _large(url, 2_000, 1_000)
+    assert not dataset.keeps_records
+    assert dataset.records(3, 10, 12)["crc"].tolist() == [10, 11]
+    idx = tmp_path / "one.idx"
+    sound = idx.read_bytes()
+    size = record_type(12).itemsize
+    swapped = bytearray(sound)
+    swapped[16 + 10 * size : 16 + 12 * size] = (
+        sound[16 + 11 * size : 16 + 12 * size] + sound[16 + 10 * size : 16 + 11 * size]
+    )
+    flipped = bytearray(sound)
+    flipped[16 + 10 * size] ^= 1
+    members = [Member(f"{i:012d}", 512 + 65536 * i, 60_000, i, 64, 25.0, 128, 128) for i in range(1_000)]
+    write_shard_index(url, "other.tar", members, 1 << 26)  # as packed again: all of it agrees, with itself
+    for data in (bytes(swapped), bytes(flipped), (tmp_path / "other.idx").read_bytes()):
+        idx.write_bytes(data)
+        with pytest.raises(InputError, match=r"one\.idx does not belong to the index\.json that this"):
+            dataset.records(3, 10, 12)
+        with pytest.raises(InputError, match="the dataset changed"):
+            dataset.records(3)
+    idx.write_bytes(sound)
+    assert len(dataset.records(3, 10, 12)) == 2
+
+
+def test_an_index_of_format_1_is_still_read(tmp_path: Path) -> None:
+    records = np.zeros(2, record_type(1, format=1))
+    records["key"], records["frames"] = [b"a", b"b"], [7, 8]
+    data = HEADER.pack(MAGIC, 2, 1) + records.tobytes()
+    (tmp_path / "s.idx").write_bytes(data)
+    line = Shard(file="s.tar", bytes=512, clips=2, key_bytes=1, digest=_digest(data)).model_dump()
+    index = {"format": 1, "card": {"name": "old"}, "shards": [line]}
+    storage.write_json(storage.join(str(tmp_path), "index.json"), index)
+    dataset = open_dataset(str(tmp_path))
+    assert dataset.records(0)["frames"].tolist() == [7, 8]
+    dataset.keeps_records, dataset._kept = False, {}
+    assert dataset.records(0, 1, 2)["key"].tolist() == [b"b"]
 
 
 def test_ten_million_clips_cost_little(tmp_path: Path) -> None:
@@ -362,7 +402,7 @@ def test_the_idx_format_is_what_the_docs_say(tmp_path: Path) -> None:
     assert line == Shard(file="shard-000000.tar", bytes=10240, clips=2, key_bytes=3, digest=line.digest)
     data = (tmp_path / index_name("shard-000000.tar")).read_bytes()
     assert HEADER.unpack_from(data) == (MAGIC, 2, 3)
-    assert len(data) == 16 + 2 * (16 + 4 * 7 + 2 * 3 + 3)
+    assert len(data) == 16 + 2 * (16 + 4 * 7 + 2 * 3 + 4 + 3)
     rows = np.frombuffer(data, record_type(3), offset=16)
     assert rows["key"].tolist() == [b"a", b"bcd"] and rows["motion"].tolist() == [0.0, 0.5]
     totals = merge([summary(rows[:1]), summary(rows[1:])])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import email.utils
 import errno
 import multiprocessing
 import os
@@ -219,6 +220,20 @@ def test_retry_after_is_waited_for_within_a_bound() -> None:
     assert max(policy.wait(30, None) for _ in range(50)) <= 2.0
 
 
+@pytest.mark.parametrize("form", ["seconds", "date"])
+def test_a_server_that_asks_for_time_gets_it(
+    proxy: FaultyProxy, s3_url: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = storage.join(s3_url, "x")
+    storage.write_bytes(url, b"content")
+    monkeypatch.setattr(storage.policy, "longest_wait", 2.0)
+    value = "1" if form == "seconds" else email.utils.formatdate(time.time() + 2, usegmt=True)  # to whole seconds
+    proxy.faults.append(Fault("status", 503, f"Retry-After: {value}\r\n"))
+    began = time.monotonic()
+    assert storage.read_bytes(url) == b"content"
+    assert 0.9 < time.monotonic() - began < 4
+
+
 def test_what_the_operator_must_mend_is_an_input_error(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="there is no bucket 'not-there'"):
         storage.read_bytes("s3://not-there/x")
@@ -331,11 +346,13 @@ def test_secrets_never_show(monkeypatch: pytest.MonkeyPatch) -> None:
     text = storage.redact(
         "GET https://me:pw@host/b/k?X-Amz-Credential=AKIAABCDEFGHIJKLMNOP%2F2026&X-Amz-Signature=deadbeef&x=1 "
         "s3://user:word@bucket/key aws_secret_access_key = hunter22 token: tok123 AKIAABCDEFGHIJKLMNOP "
-        "Authorization: Bearer abc.def leaked Kq7/abcd+ef0123456789"
+        "Authorization: Bearer abc.def leaked Kq7/abcd+ef0123456789 s3://key:sla/sh+ed@bucket/key "
+        "http://127.0.0.1:9000/a@b"
     )
-    for secret in ("pw", "AKIA", "deadbeef", "word", "hunter22", "tok123", "abc.def", "Kq7"):
+    for secret in ("pw", "AKIA", "deadbeef", "word", "hunter22", "tok123", "abc.def", "Kq7", "sla", "ed@"):
         assert secret not in text, (secret, text)
-    assert "host/b/k" in text and "x=1" in text and "s3://bucket/key" in text
+    assert "host/b/k" in text and "x=1" in text and text.count("s3://bucket/key") == 2
+    assert "http://127.0.0.1:9000/a@b" in text
 
 
 def test_errors_carry_no_secret(proxy: FaultyProxy, s3_url: str) -> None:
