@@ -2,11 +2,12 @@
 
     eval "$(scripts/object_store.sh env)"
     python -m benchmarks.loader s3://BUCKET/PREFIX [--footage DIR] [--rounds 3] [--clips 960]
-        [--streaming VENV] [--energon VENV]
+        [--streaming VENV] [--energon VENV] [--state FILE] [--minutes 9]
 
 Every number comes from a process of its own (``benchmarks/readers.py``), with cold caches, over S3. The rounds of all
 loaders are interleaved, and medians are reported. VENV is a virtual environment that holds the peer, torch, PyAV,
 s3fs, pydantic and psutil. Clips are 31 frames of 128x128, the footage's middle square (procedural without --footage).
+With --state, results are kept in FILE as they come, and the same command goes on from there; --minutes ends it early.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ import tarfile
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -206,49 +207,43 @@ def energon_index(tars: Path, url: str, python: str) -> None:
 Rounds = dict[tuple[str, int], list[dict[str, Any]]]
 """Results by (reader, workers), one a round."""
 
+Job = tuple[str, dict[str, Any], str]
+"""Name of a reader, its configuration, and the Python that runs it."""
 
-def measure(url: str, rounds: int, clips: int, peers: dict[str, str]) -> Rounds:
-    """All readers, round by round."""
+
+def jobs(url: str, clips: int, peers: dict[str, str]) -> dict[tuple[str, int], Job]:
+    """What one round runs, by (label, workers)."""
     batch = {"batch": 16, "size": [SIZE, SIZE], "stored": STORED, "clips": clips, "granularity": 8}
-    given = {**batch, "url": storage.join(url, "standard"), "mds": storage.join(url, "mds")}
+    given = {**batch, "url": storage.join(url, "standard"), "mds": storage.join(url, "mds"), "decoder": "ours"}
+    packed = {**given, "url": storage.join(url, "packed")}
     store = storage._s3()
     names = [entry.name for entry in storage.list_dir(given["url"]) if entry.name.endswith(".tar")]
     given["energon"] = given["url"].replace("s3://", "msc://store/")
     given["signed"] = [store.reads._sign(storage.join(given["url"], name))[0] for name in names]
-    last = {"first_step": 4 * clips // batch["batch"]}
-    jobs: dict[str, tuple[str, dict[str, Any], str]] = {
-        "decoding alone": ("memory", {**given, "decoder": "ours"}, sys.executable),
-        "moviola": ("ours", given, sys.executable),
-        "moviola, a clip a read": ("ours", {**given, "granularity": 1}, sys.executable),
-        "moviola, resumed in the middle": ("ours", {**given, **last}, sys.executable),
-        "moviola, packed": ("ours", {**given, "url": storage.join(url, "packed")}, sys.executable),
-        "webdataset": ("webdataset", {**given, "decoder": "ours"}, sys.executable),
-        "webdataset, plain PyAV": ("webdataset", {**given, "decoder": "plain"}, sys.executable),
-    }
+    here = sys.executable
+    made: dict[tuple[str, int], Job] = {}
+    for workers in (0, 1, 2):
+        made["decoding alone", workers] = ("memory", given, here)
+        made["moviola", workers] = ("ours", given, here)
+        made["webdataset", workers] = ("webdataset", given, here)
+        for peer, python in peers.items():
+            made[peer, workers] = (peer, given, python)
+    made["moviola, a clip a read", 1] = ("ours", {**given, "granularity": 1}, here)
+    made["moviola, resumed in the middle", 1] = ("ours", {**given, "first_step": 4 * clips // batch["batch"]}, here)
+    made["moviola, packed", 1] = ("ours", packed, here)
+    for peer, python in {"webdataset": here, **peers}.items():
+        made[f"{peer}, plain PyAV", 1] = (peer, {**given, "decoder": "plain"}, python)
     for label, decoder in (("PyAV, plain", "plain"), ("torchcodec", "torchcodec"), ("ours", "ours")):
-        for kind in ("standard", "packed"):
-            jobs[f"decoder: {label}, {kind}"] = (
-                "memory", {**given, "url": storage.join(url, kind), "decoder": decoder}, sys.executable
-            )  # fmt: skip
-    for peer in peers:
-        jobs[peer] = (
-            peer,
-            {**given, "decoder": "ours"},
-            peers[peer],
-        )
-        jobs[f"{peer}, plain PyAV"] = (peer, {**jobs[peer][1], "decoder": "plain"}, peers[peer])
-    found: Rounds = defaultdict(list)
-    for _ in range(rounds):
-        for workers in (0, 1, 2):
-            for label, (name, config, python) in jobs.items():
-                if label.startswith("decoder") and workers != 1:
-                    continue
-                found[label, workers].append(run(name, {**config, "workers": workers}, python))
-    return found
+        for kind, config in (("standard", given), ("packed", packed)):
+            made[f"decoder: {label}, {kind}", 1] = ("memory", {**config, "decoder": decoder}, here)
+    return made
 
 
-def ten_million(url: str) -> list[tuple[str, float, float]]:
-    """(position, seconds from open to the first batch, megabytes of the index) at 10 million clips in 10,000 shards."""
+POSITIONS = ("start", "middle", "end")
+
+
+def ten_million(url: str) -> str:
+    """Writes an index of 10 million clips in 40,000 shards, which all lie in the same few tars; its URL."""
     small = index.open_dataset(storage.join(url, "standard"))
     lines = storage.read_json(storage.join(small.url, "index.json"))["shards"]
     whole = [index.Shard(**line) for line in lines if line["clips"] == A_SHARD]
@@ -258,12 +253,15 @@ def ten_million(url: str) -> list[tuple[str, float, float]]:
     for shard in whole:
         name = index.index_name(shard.file)
         storage.write_bytes(storage.join(large, name), storage.read_bytes(storage.join(small.url, name)))
-    found = []
+    return large
+
+
+def resume(url: str, position: str) -> list[float]:
+    """[seconds from opening the dataset to the first batch, megabytes of the index in memory], medians of five."""
     steps = 10_000_000 // 16
-    for label, step in (("start", 0), ("middle", steps // 2), ("end", steps - 1)):
-        results = [_first_batch(large, step) for _ in range(3)]
-        found.append((label, *(statistics.median(values) for values in zip(*results, strict=True))))
-    return found
+    step = {"start": 0, "middle": steps // 2, "end": steps - 1}[position]
+    found = [_first_batch(url, step) for _ in range(5)]
+    return [statistics.median(values) for values in zip(*found, strict=True)]
 
 
 def _first_batch(url: str, step: int) -> tuple[float, float]:
@@ -286,8 +284,8 @@ def _first_batch(url: str, step: int) -> tuple[float, float]:
     return seconds, megabytes
 
 
-def shared(url: str) -> list[tuple[int, float, float]]:
-    """(world size, bytes fetched over bytes used, requests a clip) of one pass by all ranks."""
+def shared(url: str) -> list[list[float]]:
+    """[world size, bytes fetched over bytes used, requests a clip] of one pass by all ranks."""
     from pipelines.contracts import BatchPlan, ClipRule
     from pipelines.loader import Loader
 
@@ -311,7 +309,7 @@ def shared(url: str) -> list[tuple[int, float, float]]:
             used += metrics.bytes_used
             requests += metrics.requests
             clips += metrics.clips
-        found.append((world, fetched / used, requests / clips))
+        found.append([world, fetched / used, requests / clips])
     return found
 
 
@@ -324,8 +322,8 @@ def spread(values: list[float], digits: int = 2) -> str:
 def report(
     packing: dict[str, Any],
     rounds: Rounds,
-    positions: list[tuple[str, float, float]],
-    worlds: list[tuple[int, float, float]],
+    positions: dict[str, list[float]],
+    worlds: list[list[float]],
     arguments: argparse.Namespace,
     peers: dict[str, str],
 ) -> str:
@@ -419,7 +417,7 @@ def report(
         "",
         "| position | seconds | index in memory (MB) |",
         "| --- | --: | --: |",
-        *(f"| {label} | {seconds:.2f} | {held:.0f} |" for label, seconds, held in positions),
+        *(f"| {label} | {seconds:.2f} | {held:.0f} |" for label, (seconds, held) in positions.items()),
         "",
         "## Bytes",
         "",
@@ -427,7 +425,7 @@ def report(
         "",
         "| world size | bytes fetched over bytes used | requests a clip |",
         "| --: | --: | --: |",
-        *(f"| {world} | {ratio:.3f} | {requests:.2f} |" for world, ratio, requests in worlds),
+        *(f"| {world:.0f} | {ratio:.3f} | {requests:.2f} |" for world, ratio, requests in worlds),
         "",
     ]
     return "\n".join(lines)
@@ -448,20 +446,40 @@ def main() -> None:
     parser.add_argument("--streaming", type=Path)
     parser.add_argument("--energon", type=Path)
     parser.add_argument("--hardware", default=f"{os.cpu_count()}cpu")
+    parser.add_argument("--state", type=Path)
+    parser.add_argument("--minutes", type=float, default=float("inf"))
     arguments = parser.parse_args()
     peers = {
         name: str(getattr(arguments, name) / "bin" / "python")
         for name in ("streaming", "energon")
         if getattr(arguments, name)
     }
-    url = storage.join(arguments.url, f"loader-{int(time.time())}")
+    state: dict[str, Any] = {"url": storage.join(arguments.url, f"loader-{int(time.time())}"), "done": {}}
+    if arguments.state and arguments.state.exists():
+        state = json.loads(arguments.state.read_text())
+    url, done, ends = state["url"], state["done"], time.monotonic() + 60 * arguments.minutes
+
+    def once(name: str, measure: Callable[[], Any]) -> Any:
+        if name not in done:
+            if time.monotonic() > ends:
+                print(f"{len(done)} measurements are in {arguments.state}; the same command goes on from there")
+                sys.exit()
+            done[name] = measure()
+            if arguments.state:
+                arguments.state.write_text(json.dumps(state))
+        return done[name]
+
     with tempfile.TemporaryDirectory() as work:
-        packing = prepare(url, arguments.footage, 2000, Path(work), peers)
-    try:
-        rounds = measure(url, arguments.rounds, arguments.clips, peers)
-        text = report(packing, rounds, ten_million(url), shared(url), arguments, peers)
-    finally:
-        storage.delete(url, recursive=True)
+        packing = once("packing", lambda: prepare(url, arguments.footage, 2000, Path(work), peers))
+    rounds: Rounds = defaultdict(list)
+    for number in range(arguments.rounds):
+        for (label, workers), (name, config, python) in jobs(url, arguments.clips, peers).items():
+            config = {**config, "workers": workers}
+            rounds[label, workers].append(once(f"{number}/{label}/{workers}", partial(run, name, config, python)))
+    large = once("large", lambda: ten_million(url))
+    positions = {position: once(position, partial(resume, large, position)) for position in POSITIONS}
+    text = report(packing, rounds, positions, once("worlds", lambda: shared(url)), arguments, peers)
+    storage.delete(url, recursive=True)
     path = HERE / "results" / f"loader_{arguments.hardware}_{datetime.date.today()}.md"
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)

@@ -180,19 +180,19 @@ def _embedded(dataset: index.Dataset, number: int, url: str, name: str, model: T
                 if caption:
                     stored = _npy(embeddings[caption], f"{dataset.name}/{key}")
                     places[index.CAPTION_SUFFIX] = out.add(f"{key}.{index.CAPTION_SUFFIX}", stored)
-                if key in old:
-                    members.append(_moved(old[key], parts, places, stored))
+                for clip, suffix in index.clips_of(key, parts):
+                    if clip in old and suffix:
+                        members.append(_moved(old[clip], places[suffix], places, stored))
         length = out.end()
     return index.write_shard_index(url, name, members, length)
 
 
-def _moved(row: np.void, parts: dict[str, bytes], places: dict[str, int], embedding: bytes) -> index.Member:
+def _moved(row: np.void, offset: int, places: dict[str, int], embedding: bytes) -> index.Member:
     """The record of a clip at its new place."""
     fields = {name: row[name].item() for name in _MEMBERS}
-    suffix = next(suffix for suffix in parts if suffix.lower() in index.SUFFIXES[int(row["kind"])])
     told = {"caption_bytes": len(embedding), "caption_crc": zlib.crc32(embedding) if embedding else 0}
     told["caption_offset"] = places.get(index.CAPTION_SUFFIX, 0)
-    moved = {"key": row["key"].decode(), "offset": places[suffix], "kind": int(row["kind"])}
+    moved = {"key": row["key"].decode(), "offset": offset, "kind": int(row["kind"])}
     return index.Member(**{**fields, **told, **moved})
 
 

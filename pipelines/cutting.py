@@ -37,7 +37,10 @@ from pipelines.faults import InputError, Skip
 from pipelines.rules import PackRules
 from pipelines.shots import Thumbnail, motion, shots, thumbnail
 
-VIDEOS = frozenset({".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".yuv", ".y4m"})
+VIDEOS = frozenset(
+    {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts"}
+    | {".wmv", ".flv", ".3gp", ".ogv", ".gif", ".yuv", ".y4m"}
+)
 IMAGES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 COPYABLE = frozenset({"h264", "hevc", "av1", "vp9", "mpeg4"})
 LEAST_SIDE = 16

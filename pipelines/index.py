@@ -21,7 +21,7 @@ import threading
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
@@ -574,12 +574,13 @@ def index_shard(
     members, skipped, named = [], Counter[str](), []
     where = storage.redact(storage.join(base, file))
     sidecars = _Sidecars()
-    for key, parts in _samples(storage.join(base, file), length):
-        try:
-            members.append(_member(key, parts, where, sidecars))
-        except Skip as skip:
-            skipped[skip.reason] += 1
-            named.append(str(skip))
+    for sample, parts in _samples(storage.join(base, file), length):
+        for key, suffix in clips_of(sample, parts):
+            try:
+                members.append(_member(key, suffix, parts, where, sidecars))
+            except Skip as skip:
+                skipped[skip.reason] += 1
+                named.append(str(skip))
     shard = write_shard_index(destination, file, members, length)
     records = np.frombuffer(
         storage.read_bytes(storage.join(destination, index_name(file))),
@@ -684,7 +685,6 @@ class _Reader(io.RawIOBase):
 def _samples(url: str, length: int) -> Iterator[tuple[str, dict[str, tuple[int, bytes]]]]:
     """(key, {suffix: (offset, bytes)}) of each sample of a tar: neighbours of one key, as webdataset groups them."""
     where = storage.redact(url)
-    wanted = VIDEO_SUFFIXES | IMAGE_SUFFIXES | {"json", CAPTION_SUFFIX, LATENT_SUFFIX}
     current, parts = "", {}
     try:
         with tarfile.open(fileobj=_Reader(url, length), mode="r:") as tar:  # type: ignore[call-overload]
@@ -698,8 +698,10 @@ def _samples(url: str, length: int) -> Iterator[tuple[str, dict[str, tuple[int, 
                 match = _KEY.match(info.name)
                 if not match:
                     continue
-                key, suffix = match[1], match[2].lower()
-                if suffix.rpartition(".")[2] in _PICKLES:
+                key, (before, dot, kind) = match[1], match[2].rpartition(".")
+                kind = kind.lower()
+                suffix = f"{before}{dot}{kind}"
+                if kind in _PICKLES:
                     raise InputError(f"{where}: member {info.name!r} may be a pickle; refused. Repack without it")
                 if info.size > MEMBER_BYTES:
                     raise InputError(
@@ -711,7 +713,8 @@ def _samples(url: str, length: int) -> Iterator[tuple[str, dict[str, tuple[int, 
                     if parts:
                         yield current, parts
                     current, parts = key, {}
-                if suffix in wanted and suffix not in parts:
+                wanted = kind in VIDEO_SUFFIXES | IMAGE_SUFFIXES or suffix in ("json", CAPTION_SUFFIX, LATENT_SUFFIX)
+                if wanted and suffix not in parts:
                     file = tar.extractfile(info)
                     parts[suffix] = (info.offset_data, file.read() if file else b"")
     except tarfile.TarError as error:
@@ -745,18 +748,38 @@ class _Sidecars:
         return found
 
 
-def _member(key: str, parts: Mapping[str, tuple[int, bytes]], where: str, sidecars: _Sidecars) -> Member:
-    """The record of a sample; raises Skip for a sample without a picture, or one that can't be opened."""
-    videos = [suffix for suffix in parts if suffix in VIDEO_SUFFIXES]
-    pictures = [suffix for suffix in parts if suffix in IMAGE_SUFFIXES]
-    if LATENT_SUFFIX in parts:
-        raise Skip("latents", f"{where}/{key}: latents; `moviola encode --dataset` writes their index")
-    if not videos and not pictures:
+def _kind(suffix: str) -> str:
+    """What a member is: the last part of its suffix (webdataset's starts at the first dot of the name)."""
+    return suffix.rpartition(".")[2].lower()
+
+
+def clips_of(sample: str, parts: Collection[str]) -> list[tuple[str, str | None]]:
+    """(key, suffix) of the clips of a sample, whose members have the suffixes ``parts``; suffix None where it has none.
+
+    That is its video, else its picture, else its latents. Where there are several, told apart by what stands before
+    the last dot (``0001.left.mp4``, ``0001.right.mp4``), each is a clip, and that part belongs to its key.
+    """
+    for kinds in SUFFIXES.values():
+        plain = [suffix for suffix in parts if suffix.lower() in kinds]
+        named = [suffix for suffix in parts if _kind(suffix) in kinds]
+        if plain:
+            return [(sample, plain[0])]
+        if named:
+            return [(f"{sample}.{suffix.rpartition('.')[0]}", suffix) for suffix in named]
+    return [(sample, None)]
+
+
+def _member(
+    key: str, suffix: str | None, parts: Mapping[str, tuple[int, bytes]], where: str, sidecars: _Sidecars
+) -> Member:
+    """The record of a clip; raises Skip for a sample without a picture, or one that can't be opened."""
+    if suffix is None:
         found = ", ".join(sorted(parts)) or "unknown suffixes"
         raise Skip("no_video", f"{where}/{key}: no video or image, only {found}")
-    suffix = (videos or pictures)[0]
+    if suffix == LATENT_SUFFIX:
+        raise Skip("latents", f"{where}/{key}: latents; `moviola encode --dataset` writes their index")
     offset, data = parts[suffix]
-    image = suffix in IMAGE_SUFFIXES
+    image = _kind(suffix) in IMAGE_SUFFIXES
     sidecar = _sidecar(parts["json"][1]) if "json" in parts else {}
     info = sidecars.describe(sidecar, data, image, f"{where}/{key}")
     if max(info.height, info.width) > PIXELS_A_SIDE or info.frames >= 1 << 31:

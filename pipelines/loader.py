@@ -563,7 +563,7 @@ class _Pieces:
             what = f"has {found} bytes; its index says {expected}"
         elif (name := _member_name(self.read(offset - BLOCK, offset))) is None:
             what = f"has no member at byte {offset}; its index says {key}"
-        elif not (name.startswith(key) or (len(name) == NAME_BYTES and key.startswith(name))):
+        elif not _names(name, key.removeprefix("./")):
             what = f"has {name} at byte {offset}; its index says {key}"
         else:
             return None
@@ -580,6 +580,11 @@ def _member_name(header: bytes) -> str | None:
     name, prefix = (header[a:b].split(b"\0")[0].decode(errors="replace") for a, b in ((0, NAME_BYTES), (345, 500)))
     is_posix = header[262:263] != b" "  # GNU's headers keep times where POSIX has the prefix
     return (f"{prefix}/{name}" if prefix and is_posix else name).removeprefix("./")
+
+
+def _names(name: str, key: str) -> bool:
+    """Whether a member of that name (or of so much of it as a header holds) can belong to the clip ``key``."""
+    return name.startswith(key) or (len(name) == NAME_BYTES and key.startswith(name))
 
 
 def coalesce(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import io
 import json
+import mimetypes
 import os
 import re
 import shutil
@@ -42,6 +43,7 @@ AHEAD = 32
 """Videos a worker that may wait in spools for their turn."""
 TABLES = frozenset({".csv", ".tsv", ".jsonl", ".json"})
 LISTS = frozenset({".txt", ".lst", *TABLES})
+_TYPES = mimetypes.MimeTypes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -472,6 +474,8 @@ def _from_folder(source: str, rules: PackRules, missing: list[tuple[str, str]]) 
             beside.setdefault(os.path.splitext(name)[0], []).append(files[name][0])
     units: dict[str, list[str]] = {}
     for name in files:
+        if wanted is None and _is_other_footage(name) and any(fnmatchcase(name, p) for p in rules.include):
+            missing.append(("format", f"{name}: such files are not taken; convert it to mp4, or to png or jpg"))
         kind = os.path.splitext(name)[1].lower()
         if kind in IMAGES and rules.image_folders:
             units.setdefault(os.path.dirname(name) or ".", []).append(name)
@@ -488,6 +492,12 @@ def _from_folder(source: str, rules: PackRules, missing: list[tuple[str, str]]) 
     for name in sorted((wanted or set()) - set(units)):
         missing.append(("missing", f"{name} is in {rules.members}, but not in the source"))
     return footage
+
+
+def _is_other_footage(name: str) -> bool:
+    """Whether a file is a video or image of a kind that is not taken."""
+    kind = (_TYPES.guess_type(name)[0] or "").partition("/")[0]
+    return kind in ("video", "image") and os.path.splitext(name)[1].lower() not in VIDEOS | IMAGES
 
 
 def _from_list(source: str, rules: PackRules, missing: list[tuple[str, str]]) -> list[Footage]:

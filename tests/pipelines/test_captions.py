@@ -200,6 +200,24 @@ def test_foreign_tars_keep_their_members(tmp_path, encoder):
     assert json.loads((tmp_path / "made" / "index.json").read_text())["card"]["counts"]["captions"] == 1
 
 
+def test_all_videos_of_a_foreign_sample_keep_their_records(tmp_path, encoder):
+    video = write(tmp_path / "a.mp4", scene(0, 12)).read_bytes()
+    url = tmp_path / "made"
+    url.mkdir()
+    with tarfile.open(url / "foreign.tar", "w") as tar:
+        for name, data in (("0001.Left.MP4", video), ("0001.right.mp4", video), ("0001.txt", b"stripes")):
+            tar.addfile(*member(name, data))
+    index.index_dataset(str(url))
+    captions.embed_captions(str(url), encoder)
+    rows = index.open_dataset(str(url)).records(0)
+    assert [row["key"].decode() for row in rows] == ["0001.Left", "0001.right"]
+    (file,) = (entry.name for entry in storage.list_dir(str(url)) if entry.name.endswith(".tar"))
+    for row in rows:
+        start = int(row["offset"])
+        assert storage.read_bytes(f"{url}/{file}", start, start + int(row["bytes"])) == video
+        assert row["caption_bytes"] > 0
+
+
 def member(name, data):
     info = tarfile.TarInfo(name)
     info.size = len(data)

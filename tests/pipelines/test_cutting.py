@@ -44,6 +44,32 @@ def test_every_container_becomes_the_same_clip(tmp_path, name, codec):
     assert psnr(read(piece.data), read(video)) > 37
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "pixels"),
+    [
+        ("ten bits.mp4", "libx264", "yuv420p10le"),
+        ("alpha.webm", "libvpx-vp9", "yuva420p"),
+        ("alpha.mov", "prores_ks", "yuva444p10le"),
+        ("animated.gif", "gif", "rgb8"),
+        ("grey.mkv", "ffv1", "gray16le"),
+        ("rgb.mkv", "libx264rgb", "rgb24"),
+    ],
+)
+def test_every_kind_of_pixels_becomes_the_same_clip(tmp_path, name, codec, pixels):
+    frames_THW3 = scene(0, 12)
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream(codec, rate=25, options={"crf": "8"})
+        stream.height, stream.width, stream.pix_fmt, stream.thread_count = 64, 96, pixels, 1
+        for frame_HW3 in frames_THW3:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HW3, "rgb24")))
+        container.mux(stream.encode())
+    (piece,) = pieces(tmp_path / name)
+    assert (piece.info["frames"], piece.info["fps"]) == (12, 25.0)
+    assert psnr(read(piece.data), frames_THW3) > {"gif": 22, "gray16le": 10}.get(
+        pixels if "gray" in pixels else codec, 30
+    )
+
+
 def test_clips_are_short_and_start_with_keyframes(tmp_path):
     found = pieces(write(tmp_path / "long.mp4", scene(1, 50)), frames=20, least_frames=8, keyframes=5)
     assert [piece.info["frames"] for piece in found] == [20, 20, 10]

@@ -141,6 +141,17 @@ def test_keys_are_those_of_webdataset(tmp_path: Path) -> None:
     assert ours == theirs
 
 
+def test_each_of_several_videos_of_a_sample_is_a_clip(tmp_path: Path) -> None:
+    """webdataset's suffix starts at the first dot: these are the members left.mp4 and right.MP4 of the sample 0001."""
+    names = ["./0001.Left.mp4", "./0001.json", "./0001.right.MP4", "./0002.v1.frame.png", "./0003.x.mp4", "./0003.mp4"]
+    data = {"mp4": video(3), "MP4": video(4), "png": picture(), "json": b"{}"}
+    (tmp_path / "shard.tar").write_bytes(tar([(name, data[name.rpartition(".")[2]]) for name in names]))
+    assert index_dataset(str(tmp_path)).skipped == {}
+    rows = open_dataset(str(tmp_path)).records(0)
+    assert [row["key"].decode() for row in rows] == ["./0001.Left", "./0001.right", "./0002.v1.frame", "./0003"]
+    assert rows["frames"].tolist() == [3, 4, 1, 3] and rows["kind"].tolist() == [0, 0, 1, 0]
+
+
 def test_an_index_may_lie_elsewhere_and_cover_subfolders(tmp_path: Path) -> None:
     write(str(tmp_path / "data"), "b.tar", [("x.mp4", video(3))])
     write(str(tmp_path / "data"), "sub/a.tar", [("y.mp4", video(4)), ("z.mp4", video(5))])

@@ -168,10 +168,16 @@ def test_broken_videos_are_counted_and_named(videos, tmp_path):
     (folder / "gone.mp4").symlink_to(folder / "nowhere.mp4")
     os.mkfifo(folder / "pipe.mp4")
     (folder / "circle").symlink_to(folder)
+    for name in ("film.qt", "scan.TIFF", "notes.pdf"):
+        (folder / name).write_bytes(b"whatever")
     summary = pack(folder, tmp_path / "made", RULES)
     assert summary.clips == {"train": 2}
     assert summary.skipped == {
         "empty": ["empty.mp4 has no bytes"],
+        "format": [
+            "film.qt: such files are not taken; convert it to mp4, or to png or jpg",
+            "scan.TIFF: such files are not taken; convert it to mp4, or to png or jpg",
+        ],
         "no_video": ["song.mkv has no video stream, only audio"],
         "missing": ["gone.mp4 is a link to nowhere", "pipe.mp4 is not a file"],
         "short": ["short.mp4: no shot of 6 frames; lower least_frames to keep it"],
@@ -179,8 +185,10 @@ def test_broken_videos_are_counted_and_named(videos, tmp_path):
     }
     assert summary.text() == (
         f"train: 2 clips, 0.0 min -> {tmp_path / 'made'}\n"
-        f"1 of 7 videos packed, {summary.bytes / 1e6:.1f} MB\n"
+        f"1 of 9 videos packed, {summary.bytes / 1e6:.1f} MB\n"
         "skipped, empty: 1\n  empty.mp4 has no bytes\n"
+        "skipped, format: 2\n  film.qt: such files are not taken; convert it to mp4, or to png or jpg\n"
+        "  scan.TIFF: such files are not taken; convert it to mp4, or to png or jpg\n"
         "skipped, missing: 2\n  gone.mp4 is a link to nowhere\n  pipe.mp4 is not a file\n"
         "skipped, no_video: 1\n  song.mkv has no video stream, only audio\n"
         "skipped, short: 1\n  short.mp4: no shot of 6 frames; lower least_frames to keep it\n"
