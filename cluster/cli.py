@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
 import typer
@@ -670,7 +671,8 @@ def index(
     """Index an existing WebDataset as it is: nothing is rewritten."""
     from pipelines import index as indexing
 
-    report = indexing.index_dataset(url, to, name=name, workers=os.cpu_count() or 1)
+    with _shards("indexing") as show:
+        report = indexing.index_dataset(url, to, name=name, workers=os.cpu_count() or 1, progress=show)
     if as_json:
         out.print_json(data=dataclasses.asdict(report))
         return
@@ -692,15 +694,23 @@ def captions(
     """Store T5 embeddings of a dataset's captions beside its clips, once. Run again to go on."""
     from pipelines.captions import embed_captions
 
-    with err.status("embedding …") as status:
-        made = embed_captions(
-            dataset, text_encoder, progress=lambda done, all: status.update(f"embedding … {done} of {all} shards")
-        )
+    with _shards("embedding") as show:
+        made = embed_captions(dataset, text_encoder, progress=show)
     if as_json:
         out.print_json(data=dataclasses.asdict(made))
         return
     silent = f"; {made.silent} have none" if made.silent else ""
     err.print(f"{made.clips} captions embedded by {made.encoder}, {made.width} numbers a token{silent}")
+
+
+@contextlib.contextmanager
+def _shards(doing: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on the terminal, and the function that moves it: shards done, of how many."""
+    from rich.progress import Progress
+
+    with Progress(console=err, disable=not err.is_terminal) as progress:
+        task = progress.add_task(f"{doing} shards", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 @app.command()
