@@ -301,6 +301,8 @@ def main() -> None:
         import pipelines.loader  # noqa: F401
     batches = globals()[name](config)
     next(batches)
+    if config["realtime"]:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
     imported = time.perf_counter()
     next(batches)
     first = time.perf_counter()
