@@ -92,7 +92,7 @@ class PackRules(BaseModel):
         12, description="Frames between keyframes: fewer decode faster at random, and weigh more."
     )
     preset: Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow"] = "medium"
-    shard_clips: Positive = Field(1000, description="At most so many clips in a shard.")
+    shard_clips: Positive = Field(10_000, description="At most so many clips in a shard.")
     shard_bytes: Positive = Field(1 << 30, description="At most so many bytes in a shard, but always one clip.")
 
     @field_validator("group")
