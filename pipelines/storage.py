@@ -339,11 +339,18 @@ def absolute(url: str) -> str:
 
 
 def is_remote(url: str) -> bool:
-    """Whether ``url`` is on S3; raises InputError for a scheme other than path, file:// and s3://."""
-    scheme, found, _ = url.partition("://")
+    """Whether ``url`` is on S3; raises InputError for a scheme but path, file:// and s3://, and for keys in one."""
+    scheme, found, rest = url.partition("://")
     if found and scheme == "s3":
-        if not urlsplit(url).netloc:
+        bucket = rest.partition("/")[0]
+        if not bucket:
             raise InputError(f"{redact(url)}: no bucket; write s3://BUCKET/PREFIX", status=2)
+        if "@" in bucket or ":" in bucket:
+            raise InputError(
+                f"{redact(url)}: keys in a URL are not read, and would get into logs and copies of manifests; leave "
+                "them out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile",
+                status=2,
+            )
         return True
     if (found and scheme != "file") or re.match(r"(pipe|http|https|gs|hf|data|exec):", url):
         raise InputError(f"{redact(url)}: only a path, file:// and s3:// are read", status=2)
@@ -437,7 +444,7 @@ def _replacing(url: str) -> Iterator[BinaryIO]:
 
 def _split(url: str) -> tuple[str, str]:
     bucket, _, key = url.removeprefix("s3://").partition("/")
-    return bucket.rpartition("@")[2], key
+    return bucket, key
 
 
 _stores: dict[int, _S3] = {}

@@ -57,6 +57,19 @@ class DatasetRef(_Part):
     weight: Annotated[float, Field(gt=0, description="Share of the mixture, relative to the others.")] = 1.0
     digest: str | None = Field(None, description="Filled in at the first start: a dataset that changes is refused.")
 
+    @field_validator("dataset")
+    @classmethod
+    def _read_from(cls, url: str) -> str:
+        return _readable(url)
+
+
+def _readable(url: str) -> str:
+    try:
+        storage.is_remote(url)
+    except InputError as error:
+        raise ValueError(str(error)) from None
+    return url
+
 
 def _as_refs(value: Any) -> Any:
     items = value if isinstance(value, list) else [value]
@@ -80,6 +93,11 @@ class DataSpec(_Part):
     @classmethod
     def _refs(cls, value: Any) -> Any:
         return _as_refs(value)
+
+    @field_validator("eval")
+    @classmethod
+    def _read_from(cls, url: str | None) -> str | None:
+        return url and _readable(url)
 
 
 class ZeroSpec(_Part):
@@ -691,7 +709,7 @@ def _line(path: list[str], fault: Any, model: type[BaseModel], prefix: str) -> s
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] in IN_WORDS:
         message = IN_WORDS[fault["type"]].format(**fault.get("ctx", {}))
-    shown = json.dumps(fault["input"], default=str)
+    shown = storage.redact(json.dumps(fault["input"], default=str))
     return f"{place.rstrip('.') or 'manifest'}: {shown[:80]}: {message[0].lower()}{message[1:]}"
 
 

@@ -225,7 +225,8 @@ def member(name, data):
 
 
 def test_the_command_embeds_and_says_how_many(dataset, encoder, monkeypatch, capsys):
-    
+    from cluster import cli
+
     monkeypatch.setattr("sys.argv", ["moviola", "captions", dataset, "--text-encoder", encoder, "--json"])
     with pytest.raises(SystemExit) as ended:
         cli.main()

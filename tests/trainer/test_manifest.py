@@ -101,6 +101,16 @@ def test_faults_that_only_show_together():
     assert "stages.frames-5.optimizer.lr" in text
 
 
+def test_keys_in_a_url_are_refused_and_not_shown():
+    """They would otherwise stand in the copy of the manifest that every run keeps."""
+    text = _faults(
+        _with(data={"train": "s3://AKIAABCDEFGHIJKLMNOP:pass/word@videos/a", "eval": "s3://me:hush@videos/b"})
+    )
+    assert "data.train.0.dataset" in text and "data.eval" in text and text.count("keys in a URL are not read") == 2
+    assert not any(secret in text for secret in ("AKIA", "pass", "hush"))
+    assert "pipe:cat x: only a path, file:// and s3:// are read" in _faults(_with(data={"train": "pipe:cat x"}))
+
+
 def test_unknown_stage_and_recipe_name_what_there_is():
     assert "stages.frame-3: no such field; did you mean 'frames-3'?" in _faults(_with(stages={"frame-3": {"steps": 1}}))
     assert "recipe: recipe 'arvea' is not known; there are" in _faults(_with(recipe="arvea"))
