@@ -68,7 +68,7 @@ class Reconstruction(NamedTuple):
 
 
 class _Blocks(nn.Module):
-    """Runs its blocks one after another, text after each; their activations are computed again if ``recompute``."""
+    """What runs blocks; with ``recompute`` their activations are computed again in the backward pass."""
 
     def __init__(self, config: VideoVaePlusConfig) -> None:
         super().__init__()
