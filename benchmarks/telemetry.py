@@ -1,6 +1,6 @@
 """What telemetry and scraping cost the training thread, as a share of a step.
 
-    python -m benchmarks.telemetry [--blocks 40] [--hardware cpu2]
+    python -m benchmarks.telemetry [--blocks 40] [--hardware 2cpu]
 
 One process trains the demo's model (stage frames-3, 4 clips of 64x64). Steps come in pairs: one with telemetry as in a
 run (counted and traced, one step in ten logged, the default; metrics served to a scraper in another process), one
@@ -142,7 +142,7 @@ def report(found: dict[str, list[float]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=40)
-    parser.add_argument("--hardware", default=f"cpu{os.cpu_count()}")
+    parser.add_argument("--hardware", default=f"{os.cpu_count()}cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

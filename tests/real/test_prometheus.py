@@ -145,7 +145,7 @@ def watched(
     port = free_port()
     telemetry = {"log_every": 1, "port": port, "tensorboard": False}
     data = {"train": str(small_dataset), "eval": str(held_back)}
-    (folder / "watched.yaml").write_text(yaml.safe_dump({**RUN, "data": data, "telemetry": telemetry}))
+    (folder / "watched.yaml").write_text(json.dumps({**RUN, "data": data, "telemetry": telemetry}))
     run_url = str(folder / "runs/watched")
 
     def reached(attempt: int, step: int) -> bool:
@@ -158,7 +158,7 @@ def watched(
         )  # fmt: skip
 
         def until(ready: Callable[[], bool]) -> None:
-            deadline = time.monotonic() + 300
+            deadline = time.monotonic() + 600
             while not ready():
                 assert process.poll() is None and time.monotonic() < deadline, (folder / "err").read_text()
                 time.sleep(0.2)
@@ -169,7 +169,7 @@ def watched(
             found = server.ask("targets")["activeTargets"]
             (start,) = (event for event in runs.events(run_url) if event["event"] == "start")
             os.kill(start["workers"][1]["pid"], signal.SIGKILL)
-            assert process.wait(400) == 0, (folder / "err").read_text()
+            assert process.wait(900) == 0, (folder / "err").read_text()
             instances = [target["labels"]["instance"] for target in found]
             yield Watched(server, run_url, runs.status(run_url).restarts, sorted(instances))
         finally:
@@ -179,7 +179,7 @@ def watched(
 
 @pytest.mark.ray
 @pytest.mark.nightly
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_address_of_the_run_is_all_that_prometheus_is_told(watched: Watched) -> None:
     assert watched.targets == ["watched", "watched/rank-0", "watched/rank-1"]
     assert watched.restarts == 1
