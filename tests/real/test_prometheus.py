@@ -25,7 +25,7 @@ import yaml
 
 from cluster import runs
 
-pytestmark = [pytest.mark.real]
+pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "cluster/alerts/moviola.yaml"
 STEPS = {"motion": 5, "static": 15, "dynamic": 180}
@@ -179,7 +179,6 @@ def watched(
 
 @pytest.mark.ray
 @pytest.mark.nightly
-@pytest.mark.timeout(1800)
 def test_the_address_of_the_run_is_all_that_prometheus_is_told(watched: Watched) -> None:
     assert watched.targets == ["watched", "watched/rank-0", "watched/rank-1"]
     assert watched.restarts == 1
