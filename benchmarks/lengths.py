@@ -2,7 +2,7 @@
 
     python -m benchmarks.lengths RUN [--clips 60] [--results benchmarks/results]
 
-Measures a run's newest checkpoint on its ``data.eval`` at eleven lengths from none to all, beside bicubic of the same
+Measures a run's newest checkpoint on its ``data.eval`` at nine lengths from none to all, beside bicubic of the same
 budget; at all lengths for a few numbers of sampling steps; and as motion, a budget and a quality decide.
 """
 
@@ -12,23 +12,38 @@ import argparse
 import datetime
 import os
 import platform
-from collections.abc import Mapping
+import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from benchmarks.learning import ROOT, hardware
 from pipelines import index
 from trainer import examine, run
 from trainer.codec import Codec
-from trainer.evaluate import evaluate
-from trainer.losses import Perceptual, PerceptualSpec
+from trainer.evaluate import baselines
 from trainer.manifest import changed_model
 
 POINTS = 8
 STEPS = (1, 2, 4, 10, 25)
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a setting spends and reaches, by clip; PSNR in dB, the mean over frames."""
+
+    numbers: list[float]
+    psnr: list[float]
+    bicubic: list[float]
+
+
+def psnr_db(x_13THW: Tensor, y_13THW: Tensor) -> float:
+    error_T = ((x_13THW - y_13THW) / 2).double().square().mean((0, 1, 3, 4)).clamp_min(1e-10)
+    return float(-10 * torch.log10(error_T).mean())
 
 
 def main() -> int:
@@ -40,15 +55,23 @@ def main() -> int:
     torch.set_num_threads(os.cpu_count() or 1)
     opened = run.open_model(options.run)
     rule, size = examine.fixed_rule(opened.manifest)
-    clips = list(examine.FixedClips(index.open_dataset(opened.manifest.data.eval), rule, size, options.clips))
-    perceptual = Perceptual(PerceptualSpec(backbone="alex", weights="random"))
+    held_back = examine.FixedClips(index.open_dataset(opened.manifest.data.eval), rule, size, options.clips)
+    clips = sorted(held_back, key=lambda clip: clip.motion)
     config, frames = opened.recipe.config, rule.frames
 
-    def at(*sets: str) -> Mapping[str, Any]:
-        recipe = changed_model(opened.recipe, sets)
-        values = evaluate(Codec(recipe, opened.model).round_trip, clips, perceptual=perceptual).values
-        print(f"{' '.join(sets)}: {values['numbers_per_frame']:.1f} numbers, {values['psnr_db']:.2f} dB", flush=True)
-        return values
+    def at(*sets: str) -> Point:
+        codec = Codec(changed_model(opened.recipe, sets), opened.model)
+        numbers, reached = [], []
+        for clip in clips:
+            made_13THW, spent = codec.round_trip(clip.pixels_CTHW[None])
+            numbers.append(spent / frames)
+            reached.append(psnr_db(made_13THW, clip.pixels_CTHW[None]))
+        bicubic = baselines(frames, *size, statistics.mean(numbers))[0]
+        theirs = [psnr_db(bicubic.reconstruct(clip.pixels_CTHW[None]), clip.pixels_CTHW[None]) for clip in clips]
+        print(
+            f"{' '.join(sets)}: {statistics.mean(numbers):.1f} numbers, {statistics.mean(reached):.2f} dB", flush=True
+        )
+        return Point(numbers, reached, theirs)
 
     structural = opened.recipe.latent(frames, *size).shapes["structural"]
     least = torch.Size(structural).numel()
@@ -56,69 +79,67 @@ def main() -> int:
     for point in range(POINTS + 1):
         count = round(config.queries * point / POINTS)
         budget = (least + count * config.latent_channels) / frames + 1e-6
-        curve.append((count, at("model.length.by=budget", f"model.length.numbers_per_frame={budget}",
-                                "model.length.every=1")))  # fmt: skip
+        sets = ("model.length.by=budget", f"model.length.numbers_per_frame={budget}", "model.length.every=1")
+        curve.append((count, at(*sets)))
     steps = [(n, at("model.length.by=all", f"model.sampling.steps={n}", "model.sampling.power=1")) for n in STEPS]
     middle = curve[POINTS // 2][1]
+    budget, quality = statistics.mean(middle.numbers), statistics.mean(middle.psnr)
     ways = [
         ("as motion asks", at("model.length.by=motion")),
-        (f"a budget of {middle['numbers_per_frame']:.0f} numbers a frame",
-         at("model.length.by=budget", f"model.length.numbers_per_frame={middle['numbers_per_frame'] + 1e-6}")),
-        (f"{middle['psnr_db']:.1f} dB", at("model.length.by=psnr", f"model.length.psnr_db={middle['psnr_db']:.1f}")),
+        (f"a budget of {budget:.0f} numbers a frame", middle),
+        (f"{quality:.1f} dB", at("model.length.by=psnr", f"model.length.psnr_db={quality:.1f}")),
         ("all", curve[-1][1]),
-    ]  # fmt: skip
+    ]
     stem = f"lengths-onedva_{hardware()}_{datetime.date.today()}"
     options.results.mkdir(parents=True, exist_ok=True)
     draw(curve, options.results / f"{stem}_curve.png")
-    (options.results / f"{stem}.md").write_text(text(opened, curve, steps, ways, stem))
+    (options.results / f"{stem}.md").write_text(text(opened, curve, steps, ways, stem, (frames, *size)))
     print(options.results / f"{stem}.md")
     return 0
 
 
-def text(opened: run.Trained, curve: list[Any], steps: list[Any], ways: list[Any], stem: str) -> str:
-    last = curve[-1][1]
-    shape = last["clip"]
+def text(
+    opened: run.Trained, curve: list[Any], steps: list[Any], ways: list[Any], stem: str, shape: tuple[int, ...]
+) -> str:
+    frames, height, width = shape
+    clips = len(curve[0][1].psnr)
     lines = [
         "# What 1D latents are worth",
         "",
-        f"`python -m benchmarks.lengths RUN`: {opened.manifest.name}, {last['clips']} clips of {shape['frames']} "
-        f"frames, {shape['height']} x {shape['width']}, from videos that were never trained on. {platform.machine()}, "
+        f"`python -m benchmarks.lengths RUN`: {opened.manifest.name}, step {opened.manifest.schedule.steps}, {clips} "
+        f"clips of {frames} frames, {height} x {width}, from videos that were never trained on. {platform.machine()}, "
         f"{os.cpu_count()} cores, torch {torch.__version__}, float32.",
         "",
         "## The longer the prefix, the better",
         "",
-        "| 1D latents kept | numbers a frame | PSNR dB | by motion: least, middle, most | better than above "
+        "| 1D latents kept | numbers a frame | PSNR dB | by motion: least, middle, most | clips better than above "
         "| bicubic of that budget |",
         "| ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    before: Mapping[str, Any] | None = None
-    for count, values in curve:
-        thirds = ", ".join(f"{third['psnr_db']:.2f}" for third in values["by_motion"])
-        better = ""
-        if before is not None:
-            pairs = zip(values["per_clip"], before["per_clip"], strict=True)
-            better = f"{sum(a['psnr_db'] > b['psnr_db'] for a, b in pairs)} of {values['clips']}"
+    before: Point | None = None
+    for count, point in curve:
+        thirds = [point.psnr[clips * k // 3 : clips * (k + 1) // 3] for k in range(3)]
+        better = f"{sum(a > b for a, b in zip(point.psnr, before.psnr, strict=True))} of {clips}" if before else ""
         lines.append(
-            f"| {count} | {values['numbers_per_frame']:.1f} | {values['psnr_db']:.2f} | {thirds} | {better} | "
-            f"{values['baselines']['bicubic']['psnr_db']:.2f} |"
+            f"| {count} | {statistics.mean(point.numbers):.1f} | {statistics.mean(point.psnr):.2f} | "
+            f"{', '.join(f'{statistics.mean(third):.2f}' for third in thirds)} | {better} | "
+            f"{statistics.mean(point.bicubic):.2f} |"
         )
-        before = values
+        before = point
     lines += [
         "", f"![PSNR over numbers a frame]({stem}_curve.png)", "",
         "## What decides the length", "",
-        "| kept | numbers a frame: mean, least, most | PSNR dB: mean, worst clip | over bicubic of that budget, dB |",
+        "| kept | numbers a frame: mean, least, most | PSNR dB: mean, least | over bicubic of the mean, dB |",
         "| --- | ---: | ---: | ---: |",
     ]  # fmt: skip
-    for title, values in ways:
-        numbers = [clip["numbers_per_frame"] for clip in values["per_clip"]]
-        worst = min(clip["psnr_db"] for clip in values["per_clip"])
+    for title, point in ways:
         lines.append(
-            f"| {title} | {values['numbers_per_frame']:.1f}, {min(numbers):.1f}, {max(numbers):.1f} | "
-            f"{values['psnr_db']:.2f}, {worst:.2f} | {values['baselines']['bicubic']['margin']['psnr_db']:+.2f} |"
+            f"| {title} | {statistics.mean(point.numbers):.1f}, {min(point.numbers):.1f}, {max(point.numbers):.1f} | "
+            f"{statistics.mean(point.psnr):.2f}, {min(point.psnr):.2f} | "
+            f"{statistics.mean(point.psnr) - statistics.mean(point.bicubic):+.2f} |"
         )
-    lines += ["", "## Sampling steps, all 1D latents, evenly spread", "", "| steps | PSNR dB | SSIM | flicker |"]
-    lines += ["| ---: | ---: | ---: | ---: |"]
-    lines += [f"| {n} | {v['psnr_db']:.2f} | {v['ssim']:.4f} | {v['flicker']:.2f} |" for n, v in steps]
+    lines += ["", "## Sampling steps, all 1D latents, evenly spread", "", "| steps | PSNR dB |", "| ---: | ---: |"]
+    lines += [f"| {n} | {statistics.mean(point.psnr):.2f} |" for n, point in steps]
     return "\n".join([*lines, ""])
 
 
@@ -128,9 +149,9 @@ def draw(curve: list[Any], path: Path) -> None:
     right, bottom = width - 20, height - 50
     image = Image.new("RGB", (width, height), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(14)
-    spent = [values["numbers_per_frame"] for _, values in curve]
-    mine = [values["psnr_db"] for _, values in curve]
-    theirs = [values["baselines"]["bicubic"]["psnr_db"] for _, values in curve]
+    spent, mine, theirs = (
+        [statistics.mean(getattr(point, name)) for _, point in curve] for name in ("numbers", "psnr", "bicubic")
+    )
     low, high = min(mine + theirs) - 0.5, max(mine + theirs) + 0.5
 
     def at(numbers: float, level: float) -> tuple[float, float]:
