@@ -18,6 +18,9 @@ from cluster.events import Follower, note
 from pipelines import storage
 from pipelines.faults import InputError
 
+DEATHS = ("ActorDied", "ActorUnavailable", "is unavailable", "died unexpectedly", "WorkerCrashed", "SIGKILL")
+"""In what Ray says of a process that is no more, or of one on a machine that does not answer."""
+
 
 class Recorder(ControllerCallback, WorkerGroupCallback):
     """Ends the launch where a restart won't help; else writes ``restart`` and ``resize`` to events.jsonl.
@@ -92,7 +95,7 @@ def cause(error: Exception) -> str:
     text = f"{type(error).__name__} {error}"
     if "Preempt" in text or getattr(error, "preempted", False):
         return "preempted"
-    if any(word in text for word in ("ActorDied", "ActorUnavailable", "died unexpectedly", "WorkerCrashed", "SIGKILL")):
+    if any(word in text for word in DEATHS):
         return "killed"
     return "error"
 

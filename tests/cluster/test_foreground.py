@@ -143,5 +143,7 @@ def test_what_a_user_is_told_of_the_end(tmp_path, small_dataset):
     assert why(defect) == {"cause": "error", "rank": 0, "message": "Traceback of it"}
     killed = WorkerGroupError("text", {0: ours, 1: RuntimeError("ActorDiedError: gone")})
     assert (why(killed)["cause"], why(killed)["rank"]) == ("killed", 1), "the death, not what it did to the others"
+    unreachable = WorkerGroupError("text", {1: RuntimeError("The actor 4fd6 is unavailable: RpcError")})
+    assert why(unreachable)["cause"] == "killed", "a machine that is lost is no error of ours"
     drained = PreemptionError(PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"node": [1]}))
     assert (why(drained)["cause"], why(drained)["rank"]) == ("preempted", 1)
