@@ -45,6 +45,9 @@ HEADER = struct.Struct("<8sII")  # magic, records, bytes of the longest key
 INDEX_MEMORY = 24 << 20
 """Bytes of records that one dataset may keep in memory; above it, records are read as they are needed."""
 
+INDEX_SHARE = 0.002
+"""Records are kept only where reading them in every rank costs no more than this share of the clips' bytes."""
+
 MEMBER_BYTES = 2 << 30
 VIDEO_SUFFIXES = frozenset({"mp4", "mkv", "webm", "avi", "mov", "m4v"})
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
@@ -309,8 +312,8 @@ class Dataset:
         clips = np.array(shards.clips, np.int64)
         self.first_clips = np.concatenate([[0], np.cumsum(clips)]).astype(np.int64)
         self.clips = int(self.first_clips[-1])
-        whole = int(clips @ (record_type(1, format).itemsize - 1 + self.key_bytes))
-        self.keeps_records = whole <= INDEX_MEMORY
+        self.record_bytes = int(clips @ (record_type(1, format).itemsize - 1 + self.key_bytes))
+        self.keeps_records = self.record_bytes <= INDEX_MEMORY
         self._kept: dict[int, np.ndarray] = {}
         self._reading: dict[int, threading.Lock] = {}
         self._lock = threading.Lock()
@@ -353,6 +356,11 @@ class Dataset:
     def shard_url(self, shard: int) -> str:
         """URL of a shard's tar."""
         return storage.join(self.base, self.files[shard])
+
+    def read_by(self, ranks: int) -> None:
+        """Says how many ranks share the clips: each that keeps records reads all of them, its own clips or not."""
+        others = (ranks - 1) * self.record_bytes
+        self.keeps_records = self.keeps_records and others <= INDEX_SHARE * int(self.shard_bytes.sum())
 
     def records(self, shard: int, first: int = 0, last: int | None = None) -> np.ndarray:
         """Records of rows ``first`` to ``last`` (exclusive) of a shard.

@@ -129,6 +129,8 @@ class Loader:
                 granularity,
             )
         self.layout = common_layout([dataset for opened in self._datasets.values() for dataset in opened])
+        for dataset in itertools.chain(*self._datasets.values()):
+            dataset.read_by(world)
         self._widths = {stream: _caption_width(opened) if captions else 0 for stream, opened in self._datasets.items()}
         self._metrics = LoaderMetrics()
         self._lock = threading.Lock()

@@ -429,23 +429,27 @@ def test_only_what_is_used_is_read_and_by_one_rank(
     monkeypatch.setattr(storage, "read_bytes", watched)
     for world in (1, 4, 16):
         read.clear()
-        dataset = open_dataset(url)
+        datasets = [open_dataset(url) for _ in range(world)]
         settings = {
             "plan": lambda step: plan(step, batch),
             "granularity": granularity,
             "world": world,
             "micro_batch": 8,
         }
-        loaders = [make(dataset, steps=steps, rank=rank, **settings) for rank in range(world)]
+        loaders = [make(datasets[rank], steps=steps, rank=rank, **settings) for rank in range(world)]
         assert len(trained(loaders)) == 64
         used = sum(loader.metrics.bytes_used for loader in loaders)
         fetched = sum(end - start for _, start, end in read)
         assert used == 64 * len(heavy[0])
-        assert fetched + dataset.bytes_fetched < 1.05 * used
+        index_bytes = sum(dataset.bytes_fetched for dataset in datasets)
+        assert fetched + index_bytes < 1.05 * used
+        assert fetched + index_bytes == sum(loader.metrics.bytes_fetched for loader in loaders)
         read.sort()
         assert all(a[0] != b[0] or a[2] <= b[1] for a, b in itertools.pairwise(read)), "two ranks read the same bytes"
         assert len(read) <= 2 * 64 / min(granularity, batch // world)
-        assert sum(loader.metrics.requests for loader in loaders) == len(read) + world * dataset.requests
+        assert sum(loader.metrics.requests for loader in loaders) == len(read) + sum(
+            dataset.requests for dataset in datasets
+        )
 
 
 def test_neighbouring_spans_become_one_request() -> None:
