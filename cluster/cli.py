@@ -20,6 +20,9 @@ from pipelines.faults import InputError
 
 STOPPED = 75
 INTERRUPTED = 130
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+UNUSABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
+"""Of a path: faults of input."""
 app = typer.Typer(
     name="moviola",
     no_args_is_help=True,
@@ -137,7 +140,7 @@ def submit(
     if cluster == "kubernetes" and wanted.kubernetes is not None:
         job = kubernetes.render(wanted, run_url, f"{wanted.name}-000000", submitting.environment())
         if as_json:
-            out.print_json(data=job)
+            _dry_run(wanted, as_json, rayjob=job)
         else:
             out.print(kubernetes.text(job), end="", highlight=False)
     faults = list(submitting.judge(wanted, runs, cluster))
@@ -249,12 +252,12 @@ def _finish(outcome: str, name: str, run_url: str, command: str, as_json: bool) 
     err.print(f"run {name} is done: {status.step} steps, goodput {status.goodput or 0:.1%}, {storage.redact(run_url)}")
 
 
-def _dry_run(wanted: Any, as_json: bool) -> None:
+def _dry_run(wanted: Any, as_json: bool, rayjob: Any = None) -> None:
     from trainer import plan, run
 
     facts = plan.dry_run(wanted)
     if as_json:
-        out.print_json(data=facts)
+        out.print_json(data=facts if rayjob is None else {**facts, "rayjob": rayjob})
     else:
         plan.show(facts, out)
     for fault in run.data_faults(wanted):
@@ -786,10 +789,11 @@ def guarded(command: Callable[[], Any]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno not in (*UNWRITABLE, *UNUSABLE):
             raise
         message = storage.redact(f"{error.filename or 'storage'}: {os.strerror(error.errno).lower()}")
-        err.print(f"moviola: {message}; make room, or name a folder that can be written", style="red")
+        remedy = "make room, or name a folder that can be written" if error.errno in UNWRITABLE else "name another path"
+        err.print(f"moviola: {message}; {remedy}", style="red")
         return 1
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

@@ -327,6 +327,8 @@ def test_signals_and_full_disks_end_in_a_line(capsys):
     assert capsys.readouterr().err == "interrupted\n"
     assert cli.guarded(full) == 1
     assert "/somewhere/x: no space left on device; make room" in capsys.readouterr().err
+    assert cli.guarded(lambda: open("n" * 300, "w").close()) == 1
+    assert "n: file name too long; name another path" in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError):
         cli.guarded(lambda: 1 / 0)
 
