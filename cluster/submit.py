@@ -299,22 +299,33 @@ def _start_here(run_url: str, job: str) -> None:
     note(run_url, "driver", job=job, host=socket.gethostname(), pid=process.pid, log=str(log))
 
 
+AGENT_SECONDS = 60.0
+NO_AGENT = "No available agent to submit job"
+"""What a Ray answers whose head has only just started."""
+
+
 def _start_there(client: Any, run_url: str, job: str) -> None:
     """A job of a Ray cluster, with this code as its working directory."""
     with tempfile.TemporaryDirectory(prefix="moviola-code-") as staged:
         for package in PACKAGES:
             source = Path(__file__).parents[1] / package
             shutil.copytree(source, Path(staged) / package, ignore=shutil.ignore_patterns("__pycache__"))
-        try:
-            client.submit_job(
-                entrypoint=entrypoint(run_url, job),
-                submission_id=job,
-                runtime_env={"working_dir": staged, "env_vars": environment()},
-                metadata={"moviola-run-url": run_url},
-            )
-        except (OSError, RuntimeError) as error:
-            reason = storage.redact(str(error).strip().splitlines()[0][:300])
-            raise InputError(f"the cluster refused the job: {reason}") from None
+        deadline = time.monotonic() + AGENT_SECONDS
+        while True:
+            try:
+                client.submit_job(
+                    entrypoint=entrypoint(run_url, job),
+                    submission_id=job,
+                    runtime_env={"working_dir": staged, "env_vars": environment()},
+                    metadata={"moviola-run-url": run_url},
+                )
+                return
+            except (OSError, RuntimeError) as error:
+                if NO_AGENT in str(error) and time.monotonic() < deadline:
+                    time.sleep(1)
+                    continue
+                reason = storage.redact(str(error).strip().splitlines()[0][:300])
+                raise InputError(f"the cluster refused the job: {reason}") from None
 
 
 def entrypoint(run_url: str, job: str) -> str:

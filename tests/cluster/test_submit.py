@@ -249,3 +249,21 @@ def test_a_cluster_that_does_not_answer_is_one_fault_among_others(plain, tmp_pat
             submit.submit(manifest_of(plain, data={"train": "nowhere"}), str(tmp_path / "runs"), target)
     assert "data.train.0.dataset: dataset" in str(caught.value) and "no Ray answers at" in str(caught.value)
     assert caught.value.status == 2 and not (tmp_path / "runs").exists()
+
+
+def test_a_ray_that_has_only_just_started_is_asked_again(monkeypatch):
+    class Client:
+        asked = 0
+
+        def submit_job(self, **job: object) -> None:
+            self.asked += 1
+            if self.asked < 3:
+                raise RuntimeError("Request failed with status code 500: No available agent to submit job, please try")
+
+    monkeypatch.setattr(submit.time, "sleep", lambda seconds: None)
+    client = Client()
+    submit._start_there(client, "s3://runs/small", "small-0a1b2c")
+    assert client.asked == 3
+    monkeypatch.setattr(submit, "AGENT_SECONDS", 0.0)
+    with pytest.raises(InputError, match="the cluster refused the job: Request failed with status code 500: No avail"):
+        submit._start_there(Client(), "s3://runs/small", "small-0a1b2c")

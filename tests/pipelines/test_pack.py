@@ -202,7 +202,7 @@ def test_nothing_to_pack_is_explained(tmp_path):
     ):
         pack(tmp_path / "nowhere", tmp_path / "made")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"empty holds no videos or images that the rules take; looked for avi, "):
+    with pytest.raises(InputError, match=r"empty holds no videos or images that the rules take; looked for 3gp, avi, "):
         pack(tmp_path / "empty", tmp_path / "made")
     (tmp_path / "empty" / "a.mp4").write_bytes(b"no video")
     with pytest.raises(InputError, match="none of 1 videos could be packed; mend them, or relax the rules") as caught:
