@@ -1,6 +1,6 @@
 """The published 16-channel VideoVAE+ at full width: a step on two ranks, and its checkpoint at another world size.
 
-Minutes of CPU, 16 GB of memory and 12 GB of disk.
+Minutes of CPU, 20 GB of free memory and 12 GB of disk.
 """
 
 from __future__ import annotations
