@@ -301,7 +301,7 @@ def _start_here(run_url: str, job: str) -> None:
 
 AGENT_SECONDS = 60.0
 NO_AGENT = "No available agent to submit job"
-"""What a Ray answers whose head has only just started."""
+"""What a Ray answers whose head has only just started, or whose agent finds its port taken."""
 
 
 def _start_there(client: Any, run_url: str, job: str) -> None:
@@ -324,7 +324,12 @@ def _start_there(client: Any, run_url: str, job: str) -> None:
                 if NO_AGENT in str(error) and time.monotonic() < deadline:
                     time.sleep(1)
                     continue
-                reason = storage.redact(str(error).strip().splitlines()[0][:300])
+                reason = storage.redact(str(error).strip().splitlines()[0][:300]).rstrip(".")
+                if NO_AGENT in reason:
+                    reason += (
+                        f": none came up on the head in {AGENT_SECONDS:.0f} s. Another Ray there may hold its port: "
+                        "start the head with --dashboard-agent-listen-port of a free one (52365 is the default)"
+                    )
                 raise InputError(f"the cluster refused the job: {reason}") from None
 
 

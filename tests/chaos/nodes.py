@@ -47,7 +47,12 @@ class Nodes:
         os.environ.update(env)
         self._cluster = Cluster(
             initialize_head=True,
-            head_node_args={"num_cpus": 0, "include_dashboard": dashboard, "dashboard_port": 0},
+            head_node_args={
+                "num_cpus": 0,
+                "include_dashboard": dashboard,
+                "dashboard_port": 0,
+                "dashboard_agent_listen_port": None,  # a free one: where the default is taken, no job is accepted
+            },
         )
         self.address = self._cluster.address
         self.dashboard = f"http://{self._cluster.webui_url}"
