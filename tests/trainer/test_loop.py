@@ -10,18 +10,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from tests.trainer import processes
-from trainer import checkpoint, examine, manifest, pictures, trace
+from tests.trainer.runs import Runs, until
+from trainer import checkpoint, examine, pictures
 from trainer.checkpoint import Checkpoint
-from trainer.telemetry import read_lines
 
 STEPS = {"first-frame": 2, "frames-3": 3, "frames-5": 2, "frames-7": 3}
 LAST = sum(STEPS.values())
@@ -58,78 +55,9 @@ def smoke(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return path
 
 
-class Runs:
-    """A folder of runs, and the command that trains them."""
-
-    def __init__(self, folder: Path, smoke: Path) -> None:
-        self.folder, self.smoke = folder, smoke
-
-    def start(self, name: str, world: int = 2, *sets: str) -> processes.Group:
-        log = self.folder / f"{name}-{len(list(self.folder.glob(f'{name}-*.log')))}.log"
-        log.touch()
-        return processes.Group(world, self.arguments(name, *sets), log)
-
-    def arguments(self, name: str, *sets: str) -> list[str]:
-        changes = [part for change in sets for part in ("--set", change)]
-        return [str(self.smoke), "--runs", str(self.folder), "--name", name, *changes]
-
-    def train(self, name: str, world: int = 2, *sets: str, status: int = 0) -> str:
-        """Trains in the foreground; what was written."""
-        with self.start(name, world, *sets) as group:
-            assert group.wait() == [status] * world, group.said
-            return group.said
-
-    def cut(self, name: str, source: str, step: int) -> str:
-        """A run as it is when all processes of another are killed at once, ``step`` being its newest commit."""
-        shutil.copytree(self.folder / source, self.folder / name)
-        for path in (self.folder / name / "checkpoints").iterdir():
-            if int(path.name[5:]) > step:
-                shutil.rmtree(path)
-        return name
-
-    def url(self, name: str) -> str:
-        return str(self.folder / name)
-
-    def lines(self, name: str, log: str = "metrics") -> list[dict[str, Any]]:
-        return read_lines(str(self.folder / name / f"{log}.jsonl"))
-
-    def losses(self, name: str, attempt: int = 0) -> dict[int, Any]:
-        """Loss, terms and gradient norm of each step, as the newest attempt left them (or one attempt)."""
-        lines = [line for line in self.lines(name) if not attempt or line["attempt"] == attempt]
-        return {line["step"]: [line[key] for key in ("loss", "terms", "statistics", "grad_norm")] for line in lines}
-
-    def history(self, name: str) -> trace.History:
-        return trace.history(self.url(name), manifest.load(self.smoke).schedule, LAST)
-
-    def fingerprint(self, name: str) -> dict[str, str | None]:
-        return checkpoint.fingerprint(self.url(name))
-
-
 @pytest.fixture(scope="module")
 def runs(smoke: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("runs"), smoke)
-
-
-@pytest.fixture(scope="module")
-def whole(runs: Runs) -> Callable[[int], str]:
-    """The uninterrupted run of a ZeRO stage, by name."""
-
-    def named(zero: int) -> str:
-        name = f"whole-zero{zero}"
-        if not Path(runs.url(name)).exists():
-            runs.train(name, 2, f"zero.stage={zero}")
-        return name
-
-    return named
-
-
-def until(ready: Callable[[], bool], group: processes.Group, seconds: float = 60.0) -> None:
-    """Waits for a file to say something, as long as the group lives."""
-    deadline = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < deadline, group.said
-        group.ranks[0].join(0.002)
-        assert all(process.exitcode is None for process in group.ranks), group.said
 
 
 def same(runs: Runs, name: str, other: str) -> None:
@@ -150,7 +78,7 @@ def adds_up(runs: Runs, name: str) -> None:
 
 
 @pytest.mark.parametrize("zero", [1, pytest.param(2, marks=pytest.mark.nightly), 3])
-def test_killed_then_stopped_a_run_ends_bit_identical(runs: Runs, whole: Callable[[int], str], zero: int) -> None:
+def test_killed_then_stopped_a_run_ends_bit_identical(runs: Runs, zero: int) -> None:
     name = f"rough-zero{zero}"
     sets = (f"zero.stage={zero}", "checkpoint.every_steps=2")
     with runs.start(name, 2, *sets) as group:
@@ -174,9 +102,9 @@ def test_killed_then_stopped_a_run_ends_bit_identical(runs: Runs, whole: Callabl
     assert checkpoint.newest_step(runs.url(name)) == events[-1]["step"] == runs.lines(name)[-1]["step"] + 1
 
     runs.train(name, 2, *sets)
-    same(runs, name, whole(zero))
+    same(runs, name, runs.whole(zero))
     assert runs.history(name).redone > 0
-    assert runs.history(whole(zero)).redone == 0
+    assert runs.history(runs.whole(zero)).redone == 0
     adds_up(runs, name)
     seconds = runs.lines(name, "events")[-1]["ledger"]["seconds"]
     assert seconds["lost"] > 0 and seconds["idle"] > 0 and seconds["productive"] > 0
@@ -184,19 +112,17 @@ def test_killed_then_stopped_a_run_ends_bit_identical(runs: Runs, whole: Callabl
 
 @pytest.mark.parametrize("step", [BORDER - 1, BORDER, BORDER + 1])
 @pytest.mark.parametrize("zero", [1, 2, 3])
-def test_a_run_that_dies_at_a_stage_border_ends_bit_identical(
-    runs: Runs, whole: Callable[[int], str], zero: int, step: int
-) -> None:
-    name = runs.cut(f"border-zero{zero}-{step}", whole(zero), step)
+def test_a_run_that_dies_at_a_stage_border_ends_bit_identical(runs: Runs, zero: int, step: int) -> None:
+    name = runs.cut(f"border-zero{zero}-{step}", runs.whole(zero), step)
     runs.train(name, 2, f"zero.stage={zero}")
     assert list(runs.losses(name, attempt=2)) == list(range(step, LAST))
-    same(runs, name, whole(zero))
+    same(runs, name, runs.whole(zero))
 
 
 @pytest.mark.parametrize("zero", [1, 3])
-def test_two_processes_then_one_then_two(runs: Runs, whole: Callable[[int], str], zero: int) -> None:
-    fixed, shrunk, grown = runs.losses(whole(zero)), f"shrunk-zero{zero}", f"grown-zero{zero}"
-    runs.cut(shrunk, whole(zero), 3)
+def test_two_processes_then_one_then_two(runs: Runs, zero: int) -> None:
+    fixed, shrunk, grown = runs.losses(runs.whole(zero)), f"shrunk-zero{zero}", f"grown-zero{zero}"
+    runs.cut(shrunk, runs.whole(zero), 3)
     with runs.start(shrunk, 1, f"zero.stage={zero}") as group:
         until(lambda: checkpoint.newest_step(runs.url(shrunk)) >= 6, group)
     runs.cut(grown, shrunk, 6)
@@ -204,16 +130,16 @@ def test_two_processes_then_one_then_two(runs: Runs, whole: Callable[[int], str]
     worlds = {line["step"]: line["world"] for line in runs.lines(grown)}
     assert [worlds[step] for step in range(LAST)] == [2] * 3 + [1] * 3 + [2] * 4
     assert runs.history(grown).exact
-    assert runs.history(grown).keys == runs.history(whole(zero)).keys
+    assert runs.history(grown).keys == runs.history(runs.whole(zero)).keys
     elastic = runs.losses(grown)
     assert [elastic[step][0] for step in range(3)] == [fixed[step][0] for step in range(3)]
     for step in range(LAST):
         assert elastic[step][0] == pytest.approx(fixed[step][0], rel=1e-4), f"step {step}"
 
 
-def test_a_stage_starts_from_another_runs_weights(runs: Runs, whole: Callable[[int], str]) -> None:
-    source = f"{runs.url(whole(1))}/checkpoints/step-{LAST:08d}"
-    sets = (f"stages.frames-7.init_from={runs.url(whole(1))}", "zero.stage=2")
+def test_a_stage_starts_from_another_runs_weights(runs: Runs) -> None:
+    source = f"{runs.url(runs.whole(1))}/checkpoints/step-{LAST:08d}"
+    sets = (f"stages.frames-7.init_from={runs.url(runs.whole(1))}", "zero.stage=2")
     runs.train("from-run", 2, *sets)
     started = checkpoint.load_weights(source)
     after = Checkpoint(f"{runs.url('from-run')}/checkpoints/step-{BORDER + 1:08d}")
@@ -237,7 +163,7 @@ def test_a_stage_starts_from_another_runs_weights(runs: Runs, whole: Callable[[i
         same(runs, name, "from-run")
 
 
-def test_torchrun_restarts_the_group_and_a_run_that_is_done_returns(runs: Runs, whole: Callable[[int], str]) -> None:
+def test_torchrun_restarts_the_group_and_a_run_that_is_done_returns(runs: Runs) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with subprocess.Popen(
         [*command, "--max-restarts", "1", "-m", "trainer", *runs.arguments("torchrun", "zero.stage=1")],
@@ -254,22 +180,22 @@ def test_torchrun_restarts_the_group_and_a_run_that_is_done_returns(runs: Runs, 
         os.kill(start["workers"][1]["pid"], signal.SIGKILL)
         said = agent.communicate(timeout=240)[0]
     assert agent.returncode == 0, said
-    same(runs, "torchrun", whole(1))
+    same(runs, "torchrun", runs.whole(1))
     assert {line["attempt"] for line in runs.lines("torchrun")} == {1, 2}
     adds_up(runs, "torchrun")
 
 
-def test_a_run_that_is_done_returns_at_once(runs: Runs, whole: Callable[[int], str]) -> None:
-    name = runs.cut("done", whole(1), LAST)
+def test_a_run_that_is_done_returns_at_once(runs: Runs) -> None:
+    name = runs.cut("done", runs.whole(1), LAST)
     runs.train(name, 1)
-    assert runs.lines(name) == runs.lines(whole(1)), "no step is trained again"
+    assert runs.lines(name) == runs.lines(runs.whole(1)), "no step is trained again"
     assert [event["event"] for event in runs.lines(name, "events")][-2:] == ["launch", "done"]
-    assert runs.fingerprint(name) == runs.fingerprint(whole(1))
+    assert runs.fingerprint(name) == runs.fingerprint(runs.whole(1))
     adds_up(runs, name)
 
 
-def test_a_name_that_is_taken_is_refused(runs: Runs, whole: Callable[[int], str]) -> None:
-    said = runs.train(whole(1), 1, "batch=8", status=2)
+def test_a_name_that_is_taken_is_refused(runs: Runs) -> None:
+    said = runs.train(runs.whole(1), 1, "batch=8", status=2)
     assert "was made by another manifest" in said and "batch: 4 -> 8" in said and "Traceback" not in said
 
 
@@ -295,11 +221,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_provenance(runs: Runs) 
     assert [line["step"] for line in runs.lines("diverged")] == [0], "a step that was not made is not logged"
 
 
-def test_evaluating_on_the_way_changes_no_bit(runs: Runs, whole: Callable[[int], str], small_dataset: Path) -> None:
+def test_evaluating_on_the_way_changes_no_bit(runs: Runs, small_dataset: Path) -> None:
     held_back = runs.folder / "held-back"
     shutil.copytree(small_dataset, held_back)
     runs.train("evaluated", 2, f"data.eval={held_back}", "evaluation={every_steps: 6, clips: 3}", "zero.stage=3")
-    same(runs, "evaluated", whole(3))
+    same(runs, "evaluated", runs.whole(3))
     events = runs.lines("evaluated", "events")
     found = [event for event in events if event["event"] == "evaluation"]
     assert [event["step"] for event in found] == [6, LAST]
@@ -321,9 +247,7 @@ def test_evaluating_on_the_way_changes_no_bit(runs: Runs, whole: Callable[[int],
 
 
 @pytest.mark.nightly
-def test_an_evaluation_gives_way_to_a_stop_and_the_last_one_is_made_up_for(
-    runs: Runs, whole: Callable[[int], str], small_dataset: Path
-) -> None:
+def test_an_evaluation_gives_way_to_a_stop_and_the_last_one_is_made_up_for(runs: Runs, small_dataset: Path) -> None:
     name, held_back = "interrupted", runs.folder / "held-back-too"
     shutil.copytree(small_dataset, held_back)
     slow = "evaluation={every_steps: 6, clips: 12, lpips: {backbone: vgg, weights: random}}"
@@ -349,7 +273,7 @@ def test_an_evaluation_gives_way_to_a_stop_and_the_last_one_is_made_up_for(
     events = runs.lines(name, "events")
     assert [event["step"] for event in events if event["event"] == "evaluation"] == [LAST]
     assert events[-1]["event"] == "done" and Path(runs.url(name), "evaluation.json").exists()
-    same(runs, name, whole(3))
+    same(runs, name, runs.whole(3))
     adds_up(runs, name)
     runs.train(name, 2, *sets)
     assert [event["event"] for event in runs.lines(name, "events")[len(events) :]] == ["launch", "done"]

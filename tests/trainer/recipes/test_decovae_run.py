@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.trainer.test_loop import Runs, until
+from tests.trainer.runs import Runs, until
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint
 
@@ -49,43 +48,28 @@ def runs(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(folder, folder / "decovae.json")
 
 
-@pytest.fixture(scope="module")
-def whole(runs: Runs) -> Callable[[int], str]:
-    def named(zero: int) -> str:
-        name = f"whole-zero{zero}"
-        if not Path(runs.url(name)).exists():
-            runs.train(name, 2, f"zero.stage={zero}")
-        return name
-
-    return named
-
-
-def at(runs: Runs, name: str, step: int) -> str:
-    return f"{runs.url(name)}/checkpoints/step-{step:08d}"
-
-
 @pytest.mark.parametrize("zero", [1, 2, 3])
-def test_frozen_parts_keep_every_bit_and_have_no_state(runs: Runs, whole: Callable[[int], str], zero: int) -> None:
-    name = whole(zero)
+def test_frozen_parts_keep_every_bit_and_have_no_state(runs: Runs, zero: int) -> None:
+    name = runs.whole(zero)
     frozen = {STATIC: "motion.", DYNAMIC: "encoder.keyframe."}
     for first, last in ((STATIC, DYNAMIC), (DYNAMIC, LAST)):
-        before, after = (checkpoint.load_weights(at(runs, name, step)) for step in (first, last))
+        before, after = (checkpoint.load_weights(runs.at(name, step)) for step in (first, last))
         still = {n for n in before if n.startswith(frozen[first])}
         assert still and {n for n in before if torch.equal(before[n], after[n])} == still
-        parameters = Checkpoint(at(runs, name, last)).engines["model"]["parameters"]
+        parameters = Checkpoint(runs.at(name, last)).engines["model"]["parameters"]
         assert {n for n, entry in parameters.items() if entry["step"] is None} == still
     steps = {n: entry["step"] for n, entry in parameters.items()}
     assert steps["encoder.motion.mean.weight"] == 5 and steps["motion.encoder.0.weight"] == 3, "carried on, and afresh"
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
-def test_the_adversary_is_late_and_in_the_checkpoint(runs: Runs, whole: Callable[[int], str], zero: int) -> None:
-    name = whole(zero)
+def test_the_adversary_is_late_and_in_the_checkpoint(runs: Runs, zero: int) -> None:
+    name = runs.whole(zero)
     assert runs.fingerprint(name)["adversary"] is not None
-    assert "adversary" not in Checkpoint(at(runs, name, DYNAMIC)).engines
+    assert "adversary" not in Checkpoint(runs.at(name, DYNAMIC)).engines
     waiting, playing = DYNAMIC + START, DYNAMIC + START + 1
     fresh, moved, last = (
-        checkpoint.load_weights(at(runs, name, s), engine="adversary") for s in (waiting, playing, LAST)
+        checkpoint.load_weights(runs.at(name, s), engine="adversary") for s in (waiting, playing, LAST)
     )
     assert fresh["steps"] == 0 and moved["steps"] == 1 and last["steps"] == 2
     assert all(not torch.equal(fresh[n], moved[n]) for n in fresh if n.endswith("weight"))
@@ -106,20 +90,18 @@ def test_the_adversary_is_late_and_in_the_checkpoint(runs: Runs, whole: Callable
         *(pytest.param(*case, marks=pytest.mark.nightly) for case in ((2, DYNAMIC - 1), (2, LAST - 1), (3, DYNAMIC))),
     ],
 )
-def test_resuming_around_the_border_and_the_adversarys_start_is_bit_identical(
-    runs: Runs, whole: Callable[[int], str], zero: int, step: int
-) -> None:
-    name = runs.cut(f"cut-zero{zero}-{step}", whole(zero), step)
+def test_resuming_around_the_border_and_the_adversarys_start_is_bit_identical(runs: Runs, zero: int, step: int) -> None:
+    name = runs.cut(f"cut-zero{zero}-{step}", runs.whole(zero), step)
     runs.train(name, 2, f"zero.stage={zero}")
     assert list(runs.losses(name, attempt=2)) == list(range(step, LAST))
-    assert runs.losses(name) == runs.losses(whole(zero))
-    assert runs.fingerprint(name) == runs.fingerprint(whole(zero))
+    assert runs.losses(name) == runs.losses(runs.whole(zero))
+    assert runs.fingerprint(name) == runs.fingerprint(runs.whole(zero))
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("zero", [1, 2, 3])
-def test_two_processes_then_one_then_two_with_an_adversary(runs: Runs, whole: Callable[[int], str], zero: int) -> None:
-    fixed, shrunk, grown = whole(zero), f"shrunk-zero{zero}", f"grown-zero{zero}"
+def test_two_processes_then_one_then_two_with_an_adversary(runs: Runs, zero: int) -> None:
+    fixed, shrunk, grown = runs.whole(zero), f"shrunk-zero{zero}", f"grown-zero{zero}"
     runs.cut(shrunk, fixed, DYNAMIC)
     with runs.start(shrunk, 1, f"zero.stage={zero}") as group:
         until(lambda: (checkpoint.newest_step(runs.url(shrunk)) or 0) >= LAST - 1, group)
@@ -135,11 +117,11 @@ def test_two_processes_then_one_then_two_with_an_adversary(runs: Runs, whole: Ca
             torch.testing.assert_close(found[key], value, rtol=1e-4, atol=2e-5)
 
 
-def test_at_another_world_size_the_adversary_goes_on(runs: Runs, whole: Callable[[int], str]) -> None:
-    name = runs.cut("alone", whole(3), LAST - 1)
+def test_at_another_world_size_the_adversary_goes_on(runs: Runs) -> None:
+    name = runs.cut("alone", runs.whole(3), LAST - 1)
     runs.train(name, 1, "zero.stage=3")
-    for found, expected in zip(runs.losses(name)[LAST - 1], runs.losses(whole(3))[LAST - 1], strict=True):
+    for found, expected in zip(runs.losses(name)[LAST - 1], runs.losses(runs.whole(3))[LAST - 1], strict=True):
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    found, expected = (checkpoint.load_weights(runs.url(n), engine="adversary") for n in (name, whole(3)))
+    found, expected = (checkpoint.load_weights(runs.url(n), engine="adversary") for n in (name, runs.whole(3)))
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=2e-5)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from cluster.cli import app
 from pipelines.contracts import LatentLayout
 from pipelines.faults import InputError
-from tests.trainer.test_loop import Runs
+from tests.trainer.runs import Runs
 from trainer import checkpoint, examine, plan, run, sampling
 from trainer import codec as codecs
 from trainer import manifest as manifests

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 
 from pipelines.faults import InputError
 from tests.trainer.recipes.test_onedva import SMALL, footage
-from tests.trainer.test_loop import Runs
+from tests.trainer.runs import Runs
 from trainer import checkpoint, codec, latents, run
 from trainer import footage as videos
 from trainer.checkpoint import Checkpoint
@@ -51,65 +50,48 @@ def runs(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(folder, folder / "onedva.json")
 
 
-@pytest.fixture(scope="module")
-def whole(runs: Runs) -> Callable[[int], str]:
-    def named(zero: int) -> str:
-        name = f"whole-zero{zero}"
-        if not Path(runs.url(name)).exists():
-            runs.train(name, 2, f"zero.stage={zero}")
-        return name
-
-    return named
-
-
-def at(runs: Runs, name: str, step: int) -> str:
-    return f"{runs.url(name)}/checkpoints/step-{step:08d}"
-
-
-def test_the_first_stage_leaves_1d_latents_alone_and_the_second_reads_them(
-    runs: Runs, whole: Callable[[int], str]
-) -> None:
-    name = whole(1)
-    built = run.open_model(at(runs, name, BORDER), ema=False)
+def test_the_first_stage_leaves_1d_latents_alone_and_the_second_reads_them(runs: Runs) -> None:
+    name = runs.whole(1)
+    built = run.open_model(runs.at(name, BORDER), ema=False)
     fresh = built.recipe.build(8).state_dict()
-    middle, end = (checkpoint.load_weights(at(runs, name, step)) for step in (BORDER, LAST))
+    middle, end = (checkpoint.load_weights(runs.at(name, step)) for step in (BORDER, LAST))
     assert all(torch.equal(fresh[n], middle[n]) for n in SEQUENCE)
     assert not torch.equal(fresh["encoder.to_structural.weight"], middle["encoder.to_structural.weight"])
     assert all(not torch.equal(middle[n], end[n]) for n in SEQUENCE if n.startswith("encoder."))
     assert (int(middle["readable"]), int(end["readable"])) == (0, SMALL["queries"])
-    steps = {n: e["step"] for n, e in Checkpoint(at(runs, name, LAST)).engines["model"]["parameters"].items()}
+    steps = {n: e["step"] for n, e in Checkpoint(runs.at(name, LAST)).engines["model"]["parameters"].items()}
     assert steps["encoder.to_structural.weight"] == LAST, "goes on over the border with its moments"
     assert steps["encoder.to_1d.weight"] == STEPS["adaptive"]
 
 
-def test_clips_of_a_step_have_one_size_and_both_sizes_come(runs: Runs, whole: Callable[[int], str]) -> None:
-    schedule = run.load(runs.url(whole(1))).schedule
+def test_clips_of_a_step_have_one_size_and_both_sizes_come(runs: Runs) -> None:
+    schedule = run.load(runs.url(runs.whole(1))).schedule
     assert {schedule.plan(step).size for step in range(LAST)} == set(SIZES)
 
 
 @pytest.mark.parametrize(("zero", "step"), [(1, BORDER - 1), (1, BORDER), (3, LAST - 1)])
-def test_resuming_sees_the_same_sizes_and_noise(runs: Runs, whole: Callable[[int], str], zero: int, step: int) -> None:
-    name = runs.cut(f"cut-zero{zero}-{step}", whole(zero), step)
+def test_resuming_sees_the_same_sizes_and_noise(runs: Runs, zero: int, step: int) -> None:
+    name = runs.cut(f"cut-zero{zero}-{step}", runs.whole(zero), step)
     runs.train(name, 2, f"zero.stage={zero}")
     assert list(runs.losses(name, attempt=2)) == list(range(step, LAST))
-    assert runs.losses(name) == runs.losses(whole(zero))
-    assert runs.fingerprint(name) == runs.fingerprint(whole(zero))
+    assert runs.losses(name) == runs.losses(runs.whole(zero))
+    assert runs.fingerprint(name) == runs.fingerprint(runs.whole(zero))
 
 
-def test_another_world_size_sees_the_same_sizes_and_noise(runs: Runs, whole: Callable[[int], str]) -> None:
-    name = runs.cut("alone", whole(3), BORDER)
+def test_another_world_size_sees_the_same_sizes_and_noise(runs: Runs) -> None:
+    name = runs.cut("alone", runs.whole(3), BORDER)
     runs.train(name, 1, "zero.stage=3")
     for step in range(BORDER, LAST):
-        for found, expected in zip(runs.losses(name)[step], runs.losses(whole(3))[step], strict=True):
+        for found, expected in zip(runs.losses(name)[step], runs.losses(runs.whole(3))[step], strict=True):
             assert found == pytest.approx(expected, rel=2e-4, abs=1e-6)
         time, length = (runs.losses(name)[step][2][key] for key in ("time", "length"))
         assert (time, length) == pytest.approx(
-            tuple(runs.losses(whole(3))[step][2][key] for key in ("time", "length")), rel=1e-7
+            tuple(runs.losses(runs.whole(3))[step][2][key] for key in ("time", "length")), rel=1e-7
         ), "what is drawn does not depend on how many draw it"
 
 
-def test_what_was_kept_is_stored_and_comes_back(runs: Runs, whole: Callable[[int], str], tmp_path: Path) -> None:
-    source, size = runs.url(whole(1)), (36, 52)
+def test_what_was_kept_is_stored_and_comes_back(runs: Runs, tmp_path: Path) -> None:
+    source, size = runs.url(runs.whole(1)), (36, 52)
     with videos.writer(str(tmp_path / "in.mp4"), Fraction(12), *size) as made:
         made.add(footage(1, 12, *size, drift=0))
     budget = ["model.length.by=budget", "model.length.numbers_per_frame=34"]
@@ -131,8 +113,8 @@ def test_what_was_kept_is_stored_and_comes_back(runs: Runs, whole: Callable[[int
     assert int(exported.model.readable) == SMALL["queries"] and exported.recipe.config.length.by == "all"
 
 
-def test_only_what_changes_no_weights_may_be_set(runs: Runs, whole: Callable[[int], str]) -> None:
-    source = runs.url(whole(1))
+def test_only_what_changes_no_weights_may_be_set(runs: Runs) -> None:
+    source = runs.url(runs.whole(1))
     with pytest.raises(InputError, match=r"takes only what changes no weights; of recipe onedva that is model\.length, "
                                          r"model\.sampling"):  # fmt: skip
         codec.load(source, sets=["model.queries=7"])

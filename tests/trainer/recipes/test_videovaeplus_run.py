@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from pipelines import index
-from tests.trainer.test_loop import Runs
+from tests.trainer.runs import Runs
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint
 
@@ -80,25 +79,10 @@ def runs(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(folder, folder / "videovaeplus.json")
 
 
-@pytest.fixture(scope="module")
-def whole(runs: Runs) -> Callable[[int], str]:
-    def named(zero: int) -> str:
-        name = f"whole-zero{zero}"
-        if not Path(runs.url(name)).exists():
-            runs.train(name, 2, f"zero.stage={zero}")
-        return name
-
-    return named
-
-
-def at(runs: Runs, name: str, step: int) -> str:
-    return f"{runs.url(name)}/checkpoints/step-{step:08d}"
-
-
 @pytest.mark.parametrize("zero", [1, 2, 3])
-def test_image_batches_leave_the_temporal_parts_alone(runs: Runs, whole: Callable[[int], str], zero: int) -> None:
-    name = whole(zero)
-    weights = [checkpoint.load_weights(at(runs, name, step)) for step in range(1, LAST + 1)]
+def test_image_batches_leave_the_temporal_parts_alone(runs: Runs, zero: int) -> None:
+    name = runs.whole(zero)
+    weights = [checkpoint.load_weights(runs.at(name, step)) for step in range(1, LAST + 1)]
     names = set(weights[0])
     temporal, text = {n for n in names if "temporal" in n}, {n for n in names if "text." in n}
     for step in range(1, LAST):
@@ -106,7 +90,7 @@ def test_image_batches_leave_the_temporal_parts_alone(runs: Runs, whole: Callabl
         assert (still & text == text) == (step < CROSS)
         assert (still >= temporal) == (step in IMAGES), step
         assert "encoder.conv_in.weight" not in still
-    counts = {n: entry["step"] for n, entry in Checkpoint(at(runs, name, CROSS)).engines["model"]["parameters"].items()}
+    counts = {n: entry["step"] for n, entry in Checkpoint(runs.at(name, CROSS)).engines["model"]["parameters"].items()}
     assert counts["encoder.conv_in.weight"] == CROSS and counts["temporal_encoder.conv_in.weight"] == CROSS - 2
     assert counts["text.token_D"] is None
 
@@ -120,19 +104,17 @@ def test_image_batches_leave_the_temporal_parts_alone(runs: Runs, whole: Callabl
         pytest.param(3, CROSS, marks=pytest.mark.nightly),
     ],
 )
-def test_resuming_around_image_batches_is_bit_identical(
-    runs: Runs, whole: Callable[[int], str], zero: int, step: int
-) -> None:
-    name = runs.cut(f"cut-zero{zero}-{step}", whole(zero), step)
+def test_resuming_around_image_batches_is_bit_identical(runs: Runs, zero: int, step: int) -> None:
+    name = runs.cut(f"cut-zero{zero}-{step}", runs.whole(zero), step)
     runs.train(name, 2, f"zero.stage={zero}")
     assert list(runs.losses(name, attempt=2)) == list(range(step, LAST))
-    assert runs.losses(name) == runs.losses(whole(zero))
-    assert runs.fingerprint(name) == runs.fingerprint(whole(zero))
+    assert runs.losses(name) == runs.losses(runs.whole(zero))
+    assert runs.fingerprint(name) == runs.fingerprint(runs.whole(zero))
 
 
 @pytest.mark.nightly
-def test_one_rank_without_recomputing_trains_the_same(runs: Runs, whole: Callable[[int], str]) -> None:
+def test_one_rank_without_recomputing_trains_the_same(runs: Runs) -> None:
     runs.train("alone", 1, "zero.stage=0", "model.recompute=false")
-    for step, line in runs.losses(whole(3)).items():
+    for step, line in runs.losses(runs.whole(3)).items():
         for found, expected in zip(runs.losses("alone")[step], line, strict=True):
             assert found == pytest.approx(expected, rel=2e-3, abs=1e-5), step
