@@ -1,4 +1,7 @@
-"""Runs a function on several ranks, each a process of its own, and hands back what they return."""
+"""Runs a function on several ranks, each a process of its own, and hands back what they return.
+
+They are forked from the server of ``tests.trainer.processes``, which has imported everything.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.trainer import processes
+
 
 def on_ranks(world: int, job: Callable[..., Any], *args: Any) -> list[Any]:
     """``job(rank, world, *args)`` on every rank; its results by rank. Raises what a rank raised."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_rank, args=(world, folder, job, args), nprocs=world, start_method="spawn")
+        mp.start_processes(_rank, args=(world, folder, job, args), nprocs=world, start_method=processes.CONTEXT.get_start_method())
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(world)]
 
 
