@@ -65,8 +65,8 @@ class Runs:
         return {line["step"]: [line[key] for key in ("loss", "terms", "statistics", "grad_norm")] for line in lines}
 
     def history(self, name: str) -> trace.History:
-        spec = manifest.load(self.smoke)
-        return trace.history(self.url(name), spec.schedule, sum(stage.steps for stage in spec.stages.values()))
+        schedule = manifest.load(self.smoke).schedule
+        return trace.history(self.url(name), schedule, schedule.steps)
 
     def fingerprint(self, name: str) -> dict[str, str | None]:
         return checkpoint.fingerprint(self.url(name))
