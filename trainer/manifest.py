@@ -33,6 +33,7 @@ NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 Prometheus's label values and S3's keys take all of these."""
 IN_WORDS = {
     **dict.fromkeys(("model_type", "dict_type", "mapping_type"), "a mapping of fields belongs here"),
+    **dict.fromkeys(("tuple_type", "list_type"), "a list belongs here"),
     "too_short": "give at least {min_length}",
 }
 """Faults that pydantic names in Python's terms, in YAML's."""

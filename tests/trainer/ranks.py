@@ -20,8 +20,9 @@ from tests.trainer import processes
 
 def on_ranks(world: int, job: Callable[..., Any], *args: Any) -> list[Any]:
     """``job(rank, world, *args)`` on every rank; its results by rank. Raises what a rank raised."""
+    method = processes.CONTEXT.get_start_method()
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_rank, args=(world, folder, job, args), nprocs=world, start_method=processes.CONTEXT.get_start_method())
+        mp.start_processes(_rank, args=(world, folder, job, args), nprocs=world, start_method=method)
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(world)]
 
 
