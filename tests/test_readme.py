@@ -1,14 +1,14 @@
 """The README's prose is executable: its commands run, in their order, and its figures are the code's."""
 
-import os
 import re
+import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from pipelines import synthetic
+from tests.trainer.processes import command
 from trainer import recipe
 
 ROOT = Path(__file__).parents[1]
@@ -47,18 +47,13 @@ def test_the_commands_run_in_their_order(tmp_path):
         for stage, steps in (("first-frame", 2), ("frames-3", 1), ("frames-5", 1), ("frames-7", 1))
         for part in ("--set", f"stages.{stage}.steps={steps}")
     ]
-    moviola = [sys.executable, "-m", "cluster.cli"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     ran = 0
     for line in COMMANDS:
         if not line.startswith("moviola "):
             continue
-        arguments = line.split()[1:]
-        done = subprocess.run(
-            [*moviola, *arguments, *(short if arguments[0] == "train" else [])],
-            cwd=tmp_path, env=environment, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        arguments = shlex.split(line)[1:]
+        status, out, err = command([*arguments, *(short if arguments[0] == "train" else [])], tmp_path)
+        assert status == 0, f"{line}\n{out}\n{err}"
         ran += 1
     assert ran >= 9
-    assert "mine" in done.stderr
+    assert "mine" in err

@@ -1,4 +1,4 @@
-"""``python -m trainer`` as real processes that can be killed, without the seconds that each takes to import torch.
+"""``python -m trainer`` and ``moviola`` as real processes, without the seconds that each takes to import torch.
 
 They are forked from one server that has imported everything, and meet as the processes of torchrun do: at a store that
 whoever started them keeps.
@@ -6,10 +6,10 @@ whoever started them keeps.
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -66,11 +66,35 @@ def run(world: int, arguments: Sequence[str], log: Path) -> tuple[list[int | Non
         return group.wait(), group.said
 
 
+def command(arguments: Sequence[str], folder: Path, timeout: float = 240.0) -> tuple[int | None, str, str]:
+    """``moviola`` with these arguments, typed in a folder: its exit status (None: still running), stdout and stderr."""
+    with tempfile.TemporaryDirectory() as said:
+        out, err = (Path(said, name) for name in ("out", "err"))
+        process = CONTEXT.Process(target=_command, args=(list(arguments), str(folder), str(out), str(err)))
+        process.start()
+        process.join(timeout)
+        process.kill()
+        return process.exitcode, out.read_text(), err.read_text()
+
+
+def _command(arguments: list[str], folder: str, out: str, err: str) -> None:
+    os.chdir(folder)
+    _write_to(out, err)
+    sys.argv = ["moviola", *arguments]
+    from cluster.cli import main
+
+    main()
+
+
 def _rank(env: dict[str, str], arguments: list[str], log: str) -> None:
     os.environ.update(env)
-    with open(log, "a") as file, contextlib.suppress(OSError):
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    _write_to(log, log)
     from trainer.__main__ import main
 
     sys.exit(main(arguments))
+
+
+def _write_to(out: str, err: str) -> None:
+    for number, name in ((1, out), (2, err)):
+        with open(name, "a") as file:
+            os.dup2(file.fileno(), number)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -110,8 +111,12 @@ def test_killed_then_stopped_a_run_ends_bit_identical(runs: Runs, zero: int) -> 
     assert seconds["lost"] > 0 and seconds["idle"] > 0 and seconds["productive"] > 0
 
 
-@pytest.mark.parametrize("step", [BORDER - 1, BORDER, BORDER + 1])
-@pytest.mark.parametrize("zero", [1, 2, 3])
+NIGHTLY = [pytest.param(*case, marks=pytest.mark.nightly) for case in product((2, 3), (BORDER - 1, BORDER + 1))]
+
+
+@pytest.mark.parametrize(
+    ("zero", "step"), [(1, BORDER - 1), (1, BORDER), (1, BORDER + 1), (2, BORDER), (3, BORDER), *NIGHTLY]
+)
 def test_a_run_that_dies_at_a_stage_border_ends_bit_identical(runs: Runs, zero: int, step: int) -> None:
     name = runs.cut(f"border-zero{zero}-{step}", runs.whole(zero), step)
     runs.train(name, 2, f"zero.stage={zero}")
@@ -221,19 +226,20 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_provenance(runs: Runs) 
     assert [line["step"] for line in runs.lines("diverged")] == [0], "a step that was not made is not logged"
 
 
-def test_evaluating_on_the_way_changes_no_bit(runs: Runs, small_dataset: Path) -> None:
-    held_back = runs.folder / "held-back"
+@pytest.mark.parametrize("zero", [1, pytest.param(3, marks=pytest.mark.nightly)])
+def test_evaluating_on_the_way_changes_no_bit(runs: Runs, small_dataset: Path, zero: int) -> None:
+    name, held_back = f"evaluated-zero{zero}", runs.folder / f"held-back-{zero}"
     shutil.copytree(small_dataset, held_back)
-    runs.train("evaluated", 2, f"data.eval={held_back}", "evaluation={every_steps: 6, clips: 3}", "zero.stage=3")
-    same(runs, "evaluated", runs.whole(3))
-    events = runs.lines("evaluated", "events")
+    runs.train(name, 2, f"data.eval={held_back}", "evaluation={every_steps: 6, clips: 3}", f"zero.stage={zero}")
+    same(runs, name, runs.whole(zero))
+    events = runs.lines(name, "events")
     found = [event for event in events if event["event"] == "evaluation"]
     assert [event["step"] for event in found] == [6, LAST]
     assert all(event["clips"] == 3 and event["psnr_db"] > 5 for event in found)
     assert found[0]["psnr_db"] != found[1]["psnr_db"] and found[0]["baselines"] == found[1]["baselines"]
     assert events[-1]["ledger"]["seconds"]["evaluation"] > 0
-    adds_up(runs, "evaluated")
-    url = runs.url("evaluated")
+    adds_up(runs, name)
+    url = runs.url(name)
     assert json.loads(Path(url, "evaluation.json").read_text())["psnr_db"] == found[1]["psnr_db"]
     report = examine.evaluate_checkpoint(url, str(held_back), count=3, run_url=url, entropies=True)
     again = report.values
