@@ -12,6 +12,7 @@ Legend: B clips, C channels, T frames, H height, W width, L text tokens, D embed
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import itertools
 import math
 import queue
@@ -79,9 +80,9 @@ class Loader:
     ``datasets`` are (dataset, weight) for video batches, ``images`` for image batches (None: one drawn frame of a video
     serves as an image). ``plan(step)`` gives the global batch of each of the ``steps``. ``granularity`` neighbouring
     clips stand and are read together. Reading runs ``read_ahead`` steps ahead, within ``memory_bytes`` (at least one
-    step is always held). ``workers`` threads decode; with 0 the caller's thread does. A clip that can't be used is
-    charged to ``budget`` and replaced by a substitute that its place determines. After ``timeout_seconds`` without any
-    progress the run ends with a message.
+    step is always held). ``workers`` threads decode, with 0 the caller's thread, and one more the first step, which
+    nothing was read ahead for. A clip that can't be used is charged to ``budget`` and replaced by a substitute that its
+    place determines. After ``timeout_seconds`` without any progress the run ends with a message.
     """
 
     def __init__(
@@ -214,10 +215,11 @@ class Loader:
             self._run = None
 
     def _count(self, **amounts: float) -> None:
+        now = self._metrics
         with self._lock:
             for name, amount in amounts.items():
-                setattr(self._metrics, name, getattr(self._metrics, name) + amount)
-            self._metrics.peak_bytes = max(self._metrics.peak_bytes, self._metrics.read_ahead_bytes)
+                setattr(now, name, getattr(now, name) + amount)
+            now.peak_bytes = max(now.peak_bytes, now.read_ahead_bytes)
 
 
 @dataclass(slots=True)
@@ -226,6 +228,7 @@ class _Micro:
 
     share: Share
     pixels_BCTHW: Tensor
+    rows_CTHW: tuple[Tensor, ...]
     arrays: dict[str, Tensor]
     masks: dict[str, Tensor]
     clips: list[Clip | None]
@@ -263,33 +266,58 @@ class _Want:
         return Source(self.dataset.name, self.dataset.files[self.shard], key)
 
 
+class _Jobs:
+    """A queue from which the oldest step's jobs come first: made of C's parts, as each clip passes through two."""
+
+    def __init__(self) -> None:
+        self.heap: list[tuple[int, int, Any]] = []
+        self.serial = itertools.count()
+        self.ready: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def put(self, step: int, job: Any) -> None:
+        heapq.heappush(self.heap, (step, next(self.serial), job))  # whole under Python's lock: it compares numbers only
+        self.ready.put(None)
+
+    def get(self, timeout: float | None = None) -> Any:
+        """The next job; raises queue.Empty after ``timeout`` seconds."""
+        self.ready.get(timeout=timeout)
+        return heapq.heappop(self.heap)[2]
+
+
 class _Run:
-    """Threads and queues of one iteration. Queue items are (step, serial number, job): the oldest step goes first."""
+    """Threads and queues of one iteration."""
 
     def __init__(self, loader: Loader, first: int) -> None:
         self.loader = loader
-        self.next_step = first
+        self.first = self.next_step = first
         self.steps: dict[int, _Step] = {}
-        self.reads: queue.PriorityQueue[tuple[int, int, Any]] = queue.PriorityQueue()
-        self.decodes: queue.PriorityQueue[tuple[int, int, Any]] = queue.PriorityQueue()
-        self.serial = itertools.count()
-        self.changed = threading.Condition()
+        self.reads = _Jobs()
+        self.decodes = _Jobs()
+        self.changed = threading.Condition(loader._lock)
         self.progress = 0
         self.error: BaseException | None = None
         self.closed = False
-        loops = [(self.reads, self._read)] * READERS + [(self.decodes, self._decode)] * loader.workers
-        self.threads = [
-            threading.Thread(
-                target=self._loop, args=loop, daemon=True, name=f"loader-{loop[1].__name__.strip('_')}-{i}"
-            )
-            for i, loop in enumerate(loops)
+        loops: list[tuple[str, Callable[..., None], tuple[Any, ...]]] = [
+            *[("read", self._loop, (self.reads, self._read))] * READERS,
+            *[("decode", self._loop, (self.decodes, self._decode))] * loader.workers,
+            ("first", self._help, ()),
         ]
+        self.threads = [
+            threading.Thread(target=loop, args=arguments, daemon=True, name=f"loader-{name}-{i}")
+            for i, (name, loop, arguments) in enumerate(loops)
+        ]
+        if first < loader.steps:
+            self._start(first)  # while the other threads start, the first ones read
+            self.next_step += 1
         for thread in self.threads:
             thread.start()
 
     def take(self, number: int) -> list[Batch]:
-        """The step's batches, as soon as they are there; starts what may run ahead."""
-        while self.next_step <= min(number + self.loader.read_ahead, self.loader.steps - 1):
+        """The step's batches, as soon as they are there; starts what may run ahead: of the first steps, fewer, lest
+        the first batch wait for those after it.
+        """
+        ahead = min(self.loader.read_ahead, number - self.first + 1)
+        while self.next_step <= min(number + ahead, self.loader.steps - 1):
             if self.next_step > number and not self._fits(self.next_step):
                 break
             self._start(self.next_step)
@@ -313,7 +341,7 @@ class _Run:
         self.closed = True
         for jobs in (self.reads, self.decodes):
             for _ in self.threads:
-                jobs.put((-1, next(self.serial), None))
+                jobs.put(-1, None)
         deadline = time.monotonic() + 1.0
         for thread in self.threads:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -332,15 +360,11 @@ class _Run:
         loader, plan = self.loader, self.loader.plan(number)
         shares = share(plan.clips, loader.rank, loader.world, loader.micro_batch * plan.per_clip)
         frames = 0 if loader.layout else plan.rule.frames
-        micros = [
-            _Micro(
-                part,
-                torch.empty((part.count, 3, frames, *plan.size)),
-                *empty(loader.layout, part.count),
-                [None] * part.count,
-            )
-            for part in shares
-        ]
+        micros = []
+        for part in shares:
+            pixels_BCTHW = torch.empty((part.count, 3, frames, *plan.size))
+            arrays, masks = empty(loader.layout, part.count)
+            micros.append(_Micro(part, pixels_BCTHW, pixels_BCTHW.unbind(), arrays, masks, [None] * part.count))
         clips = sum(part.count for part in shares)
         step = self.steps[number] = _Step(plan, micros, clips, clips, clips * _clip_bytes(plan, loader.layout))
         loader._count(read_ahead_bytes=step.bytes, read_ahead_clips=clips)
@@ -350,7 +374,7 @@ class _Run:
             for row in range(micro.share.count)
         ]
         for group in neighbours(wants):
-            self.reads.put((number, next(self.serial), group))
+            self.reads.put(number, group)
 
     def _want(self, step: _Step, micro: _Micro, row: int, offset: int, substitute: int = 0) -> _Want:
         dataset, draw = self.loader.draw(step.plan, offset, substitute)
@@ -362,7 +386,7 @@ class _Run:
             if self.loader.workers == 0:
                 while step.left and self.error is None:
                     try:
-                        job = self.decodes.get(timeout=self.loader.timeout_seconds)[2]
+                        job = self.decodes.get(self.loader.timeout_seconds)
                     except queue.Empty:
                         break
                     if job is not None:
@@ -390,11 +414,19 @@ class _Run:
                     found.add((want.dataset, want.shard))
         return found
 
-    def _loop(self, jobs: queue.PriorityQueue, handle: Callable[[Any], None]) -> None:
+    def _loop(self, jobs: _Jobs, handle: Callable[[Any], None]) -> None:
         while not self.closed:
-            job = jobs.get()[2]
+            job = jobs.get()
             if job is not None:
                 self._guarded(handle, job)
+
+    def _help(self) -> None:
+        """Decodes until the first step is whole."""
+        while (step := self.steps.get(self.first)) and step.left and not self.closed:
+            job = self.decodes.get()
+            if job is not None:
+                self._guarded(self._decode, job)
+        self.decodes.put(-1, None)  # the training thread may wait for a job that this one did
 
     def _guarded(self, handle: Callable[[Any], None], job: Any) -> None:
         try:
@@ -404,45 +436,42 @@ class _Run:
             with self.changed:
                 self.error = self.error or error
                 self.changed.notify_all()
-            self.decodes.put((-1, next(self.serial), None))
+            self.decodes.put(-1, None)
 
     def _read(self, group: list[_Want]) -> None:
         """Reads neighbouring clips of one shard and hands each to be decoded."""
         began = time.perf_counter()
         dataset, shard, first = group[0].dataset, group[0].shard, group[0].index
-        records = dataset.records(shard, first, group[-1].index + 1)
-        spans = set()
-        for want in group:
-            record = records[want.index - first]
-            spans.add((int(record["offset"]), int(record["offset"]) + int(record["bytes"])))
-            if self.loader.captions and record["caption_bytes"]:
-                start = int(record["caption_offset"])
-                spans.add((start, start + int(record["caption_bytes"])))
+        records = dataset.records(shard, first, group[-1].index + 1)[[want.index - first for want in group]]
+        keys, offsets, sizes, digests = (records[name].tolist() for name in ("key", "offset", "bytes", "crc"))
+        members = {(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True)}
+        captions: list[tuple[int, int, int]] = [(0, 0, 0)] * len(group)
+        if self.loader.captions and records["caption_bytes"].any():
+            captions = records[["caption_offset", "caption_bytes", "caption_crc"]].tolist()
+            members |= {(offset, offset + size) for offset, size, _ in captions if size}
         pieces = _Pieces(self, dataset, shard)
-        for start, end in coalesce(sorted(spans)):
+        for start, end in coalesce(sorted(members)):
             if self.closed:
                 return
             pieces.read(start, end)
-        number = group[0].step.plan.step
-        for want in group:
-            record = records[want.index - first]
-            key = record["key"].decode()
-            data = pieces.get(key, record["offset"], record["bytes"], record["crc"])
-            caption = None
-            if self.loader.captions and record["caption_bytes"] and data is not None:
-                caption = pieces.get(key, record["caption_offset"], record["caption_bytes"], record["caption_crc"])
+        jobs, held = [], 0
+        for n, want in enumerate(group):
+            key, caption = keys[n].decode(), None
+            data = pieces.get(key, offsets[n], sizes[n], digests[n])
+            if captions[n][1] and data is not None:
+                caption = pieces.get(key, *captions[n])
                 data = None if caption is None else data
-            held = len(data or b"") + len(caption or b"")
+            held += len(data or b"") + len(caption or b"")
+            jobs.append((want, records[n], want.source(key), data, caption))
             if self.closed:
                 return
-            self.loader._count(read_ahead_bytes=held, bytes_used=held)
-            self.decodes.put((number, next(self.serial), (want, record, data, caption)))
-        self.loader._count(read_seconds=time.perf_counter() - began)
+        self.loader._count(read_ahead_bytes=held, bytes_used=held, read_seconds=time.perf_counter() - began)
+        for job in jobs:
+            self.decodes.put(group[0].step.plan.step, job)
 
-    def _decode(self, job: tuple[_Want, np.void, bytes | None, bytes | None]) -> None:
-        want, record, data, caption = job
-        began = time.perf_counter()
-        source = want.source(record["key"].decode())
+    def _decode(self, job: tuple[_Want, np.void, Source, bytes | None, bytes | None]) -> None:
+        want, record, source, data, caption = job
+        began, clip = time.perf_counter(), None
         self.loader.budget.used()
         try:
             if data is None:
@@ -451,16 +480,16 @@ class _Run:
         except Skip as skip:
             self.loader.budget.charge(skip)
             self._substitute(want, skip)
-        else:
-            with self.changed:
+        now, held = self.loader._metrics, len(data or b"") + len(caption or b"")
+        with self.loader._lock:
+            now.read_ahead_bytes -= held
+            now.decode_seconds += time.perf_counter() - began
+            if clip is not None:
                 want.micro.clips[want.row] = clip
                 want.step.left -= 1
                 self.progress += 1
                 if not want.step.left:
                     self.changed.notify_all()
-        self.loader._count(
-            read_ahead_bytes=-len(data or b"") - len(caption or b""), decode_seconds=time.perf_counter() - began
-        )
 
     def _clip(self, want: _Want, record: np.void, data: bytes, source: Source, caption: bytes | None) -> Clip:
         plan, micro, row = want.step.plan, want.micro, want.row
@@ -490,7 +519,7 @@ class _Run:
             caption=caption,
             caption_width=width,
             substitute=substitute,
-            out_CTHW=micro.pixels_BCTHW[row],
+            out_CTHW=micro.rows_CTHW[row],
             backend=self.loader.backend,
         )
 
@@ -503,7 +532,7 @@ class _Run:
             )
         self.loader._count(substitutes=1)
         again = self._want(want.step, want.micro, want.row, want.offset, number)
-        self.reads.put((want.step.plan.step, next(self.serial), [again]))
+        self.reads.put(want.step.plan.step, [again])
 
     def _batch(self, step: _Step, micro: _Micro) -> Batch:
         clips = [clip for clip in micro.clips if clip is not None]
@@ -550,7 +579,6 @@ class _Pieces:
 
         Raises InputError if the shard is no longer the one that was indexed: another size, or another clip there.
         """
-        offset, count = int(offset), int(count)
         first, piece = next((f, p) for f, p in self.pieces if f <= offset and offset + count <= f + len(p))
         data = piece[offset - first : offset - first + count]
         for attempt in range(storage.REREADS):

@@ -107,6 +107,7 @@ class Mixture:
         self.before = [sum(self.quotas[:d]) for d in range(len(sizes) + 1)]
         self._cycle_order = lru_cache(64)(lambda c: Permutation(self.cycle, derive(seed, c, "order/cycle")))
         self._epoch = lru_cache(64)(self._make_epoch)
+        self._run = lru_cache(64)(lambda dataset, epoch, nth: self._epoch(dataset, epoch)[0](nth))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"args": (self.seed, self.sizes, self.quotas, self.granularity)}
@@ -137,7 +138,7 @@ class Mixture:
         runs, rotation = self._epoch(dataset, epoch)
         nth, within = divmod(position, run)
         if nth < runs.size:  # the clips left over when runs don't divide the dataset stand last
-            position = runs(nth) * run + within
+            position = self._run(dataset, epoch, nth) * run + within
         return epoch, (position + rotation) % size
 
     def draw(self, place: int, substitute: int = 0) -> Draw:
