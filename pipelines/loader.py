@@ -55,8 +55,9 @@ class LoaderMetrics:
 
     ``bytes_used`` is what was decoded of ``bytes_fetched`` (the index's records included); ``wait_seconds`` the time
     that training waited for data; ``read_ahead_clips`` are asked for or ready but not yet taken, and hold
-    ``read_ahead_bytes``, compressed and decoded; ``peak_bytes`` is the most they ever held. ``retries`` counts the
-    storage requests of the whole process that were tried again, ``skips`` the clips that were skipped, by reason.
+    ``read_ahead_bytes``, compressed and decoded; ``peak_bytes`` is the most they ever held. ``read_ahead_requests`` are
+    under way, at most READERS. ``retries`` counts the storage requests of the whole process that were tried again,
+    ``skips`` the clips that were skipped, by reason.
     """
 
     clips: int = 0
@@ -70,6 +71,7 @@ class LoaderMetrics:
     decode_seconds: float = 0.0
     read_ahead_clips: int = 0
     read_ahead_bytes: int = 0
+    read_ahead_requests: int = 0
     peak_bytes: int = 0
     skips: Mapping[str, int] = field(default_factory=dict)
 
@@ -562,7 +564,8 @@ class _Pieces:
         self.pieces: list[tuple[int, bytes]] = []
 
     def read(self, start: int, end: int) -> bytes:
-        url = self.dataset.shard_url(self.shard)
+        url, count = self.dataset.shard_url(self.shard), self.run.loader._count
+        count(read_ahead_requests=1)
         try:
             data = storage.read_bytes(url, start, end)
         except storage.Missing:
@@ -570,7 +573,9 @@ class _Pieces:
                 f"shard {storage.redact(url)} is missing, but the index of dataset {self.dataset.name} names it; "
                 "restore it, or run `moviola index` again and start a new run"
             ) from None
-        self.run.loader._count(requests=1, bytes_fetched=len(data))
+        finally:
+            count(read_ahead_requests=-1)
+        count(requests=1, bytes_fetched=len(data))
         self.pieces.append((start, data))
         return data
 

@@ -320,6 +320,7 @@ class RankMetrics(Collector):
         if self.loader is not None:
             made.gauge("read_ahead_clips", "Clips read or being read ahead of training.", self.loader.read_ahead_clips)
             made.gauge("read_ahead_bytes", "Memory that the read-ahead holds.", self.loader.read_ahead_bytes)
+            made.gauge("read_ahead_requests", "Requests for clips under way.", self.loader.read_ahead_requests)
         if self.budget is not None:
             made.gauge("skip_budget_ratio", "Skipped clips over those that end the run.", self.budget.spent())
         for kind, size in memory().items():

@@ -221,6 +221,7 @@ def data() -> builders.Dashboard:
     ))  # fmt: skip
     made.with_panel(curves("Read ahead", "short", (of_rank("read_ahead_clips"), "rank {{rank}}"), text="Clips."))
     made.with_panel(curves("Memory of the read-ahead", "bytes", (of_rank("read_ahead_bytes"), "rank {{rank}}")))
+    made.with_panel(curves("Requests under way", "short", (of_rank("read_ahead_requests"), "rank {{rank}}")))
     made.with_row(builders.Row("Is it sound?"))
     skipped = f"sum by (reason) (increase({of_run('skipped_clips_total')}{rate}))"
     made.with_panel(curves("Skipped", "short", (skipped, "{{reason}}"), stacked=True, text="Clips, by reason."))
