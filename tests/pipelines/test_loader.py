@@ -16,11 +16,14 @@ import numpy as np
 import pytest
 import torch
 from faulty import Fault, FaultyProxy
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_decode import moving
 from test_index import npy, picture, tar
 
 from pipelines import order, storage
-from pipelines.contracts import Batch, BatchPlan, ClipRule, Source
+from pipelines.clips import make_clip
+from pipelines.contracts import Batch, BatchPlan, ClipRule, Source, derive
 from pipelines.faults import FaultBudget, InputError
 from pipelines.index import Card, Dataset, Member, Shard, index_dataset, open_dataset, write_index, write_shard_index
 from pipelines.loader import Loader, coalesce
@@ -140,6 +143,66 @@ def test_a_run_stopped_and_resumed_at_other_sizes_trains_on_the_same(dataset: Da
             assert all(other == states[0] for other in states)
             step, state = states[0]["step"], states[0]
         assert found == reference
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory, clips: list[bytes]) -> tuple[str, dict[int, Shard]]:
+    """A folder with shards of 1 to 9 clips, and their lines of an index by size."""
+    url = str(tmp_path_factory.mktemp("shards"))
+    for size in range(1, 10):
+        members = [(f"{size}-{i}.mp4", clips[(size * i + i) % 10]) for i in range(size)]
+        storage.write_bytes(storage.join(url, f"{size}.tar"), tar(members))
+    index_dataset(url, name="small")
+    lines = storage.read_json(storage.join(url, "index.json"))["shards"]
+    return url, {line["clips"]: Shard(**line) for line in lines}
+
+
+@given(
+    seed=st.integers(0, 2**63 - 1),
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    granularity=st.integers(1, 5),
+    batch=st.integers(1, 12),
+    parts=st.lists(
+        st.tuples(st.integers(1, 2), st.integers(1, 64), st.integers(0, 3), st.integers(1, 4), st.integers(1, 3)),
+        min_size=1,
+        max_size=3,
+    ),
+)
+@settings(max_examples=12, deadline=None)
+def test_however_a_run_is_split_its_pixels_are_those_of_brute_force(
+    shards: tuple[str, dict[int, Shard]],
+    seed: int,
+    sizes: list[int],
+    granularity: int,
+    batch: int,
+    parts: list[tuple[int, int, int, int, int]],
+) -> None:
+    """``parts`` are (steps, world, workers, read-ahead, micro-batch), one resumed after the other."""
+    url, lines = shards
+    dataset = Dataset(url, Card(name="small"), [lines[size] for size in sizes], "", url)
+    steps = sum(part[0] for part in parts)
+    mixture = Mixture(derive(seed, 0, "stream/video"), [dataset.clips], None, granularity)
+    wanted: Trained = {}
+    for place in range(steps * batch):
+        epoch, position = divmod(place, dataset.clips)
+        shard, row = dataset.locate(int(mixture.epoch_order(0, epoch)[position]))
+        record, source = dataset.records(shard)[row], Source("small", dataset.files[shard], "")
+        first, last = int(record["offset"]), int(record["offset"]) + int(record["bytes"])
+        data = storage.read_bytes(dataset.shard_url(shard), first, last)
+        clip = make_clip(data, record, RULE, (16, 16), seed, place, source)
+        name = str(Source("small", dataset.files[shard], record["key"].decode()))
+        wanted[place] = name, 0, clip.pixels_CTHW.numpy().tobytes(), float(torch.tensor(clip.fps))
+    found: Trained = {}
+    step = 0
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("pipelines.loader.READERS", 1)
+        for some, world, workers, read_ahead, micro_batch in parts:
+            made = {"seed": seed, "granularity": granularity, "plan": lambda step: plan(step, batch), "world": world}
+            made |= {"workers": workers, "read_ahead": read_ahead, "micro_batch": micro_batch}
+            ranks = [make(dataset, steps, rank=rank, **made) for rank in range(world)]
+            found |= trained(ranks, step, step + some)
+            step += some
+    assert found == wanted
 
 
 def test_a_state_of_another_run_is_refused(dataset: Dataset, tmp_path: Path, clips: list[bytes]) -> None:
