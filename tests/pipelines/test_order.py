@@ -31,7 +31,8 @@ def test_every_image_is_equally_likely(size: int) -> None:
     trials = 2000
     counts = np.zeros((size, size))
     for key in range(trials):
-        counts[np.arange(size), Permutation(size, key * 7919).array(np.arange(size))] += 1
+        permutation = Permutation(size, key * 7919)
+        counts[np.arange(size), [permutation(i) for i in range(size)]] += 1
     expected = trials / size
     chi_squared = ((counts - expected) ** 2 / expected).sum(axis=1)
     assert chi_squared.max() < (size - 1) + 6 * np.sqrt(2 * (size - 1)) + 6
