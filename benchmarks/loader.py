@@ -44,6 +44,7 @@ SIZE = 128
 STORED = 31
 A_VIDEO = 4
 A_SHARD = 250
+CLIPS = 2000
 STANDARD = {"crf": "18", "preset": "medium"}
 
 
@@ -227,6 +228,7 @@ def jobs(url: str, clips: int, peers: dict[str, str], realtime: bool) -> dict[tu
     store = storage._s3()
     names = [entry.name for entry in storage.list_dir(given["url"]) if entry.name.endswith(".tar")]
     given["energon"] = given["url"].replace("s3://", "msc://store/")
+    given["state"] = f"{tempfile.gettempdir()}/energon-{url.rpartition('-')[2]}.pt"
     given["signed"] = [store.reads._sign(storage.join(given["url"], name))[0] for name in names]
     here = sys.executable
     made: dict[tuple[str, int], Job] = {}
@@ -237,7 +239,9 @@ def jobs(url: str, clips: int, peers: dict[str, str], realtime: bool) -> dict[tu
         for peer, python in peers.items():
             made[peer, workers] = (peer, given, python)
     made["moviola, a clip a read", 1] = ("ours", {**given, "granularity": 1}, here)
-    made["moviola, resumed in the middle", 1] = ("ours", {**given, "first_step": 4 * clips // batch["batch"]}, here)
+    half = {**given, "resume": CLIPS // 2}
+    for label, python in {"moviola": here, "webdataset": here, **peers}.items():
+        made[f"{label}, resumed", 1] = ({"moviola": "ours"}.get(label, label), half, python)
     made["moviola, packed", 1] = ("ours", packed, here)
     for peer, python in {"webdataset": here, **peers}.items():
         made[f"{peer}, plain PyAV", 1] = (peer, {**given, "decoder": "plain"}, python)
@@ -262,6 +266,20 @@ def ten_million(url: str) -> str:
         name = index.index_name(shard.file)
         storage.write_bytes(storage.join(large, name), storage.read_bytes(storage.join(small.url, name)))
     return large
+
+
+def plan_peer(url: str, python: str) -> list[float]:
+    """[seconds to the first sample's bytes, megabytes], medians of three, of mosaicml-streaming at 10 million clips."""
+    given, large = storage.join(url, "mds"), storage.join(url, "mds-large")
+    index = storage.read_json(storage.join(given, "index.json"))
+    whole = index["shards"][:-1]
+    for shard in whole:
+        name = shard["raw_data"]["basename"]
+        storage.write_bytes(storage.join(large, name), storage.read_bytes(storage.join(given, name)))
+    index["shards"] = [whole[n % len(whole)] for n in range(10_000_000 // whole[0]["samples"])]
+    storage.write_json(storage.join(large, "index.json"), index)
+    found = [run("plan_streaming", {"mds": large, "batch": 16}, python) for _ in range(3)]
+    return [statistics.median(one[name] for one in found) for name in ("seconds", "megabytes")]
 
 
 def resume(url: str, position: str, realtime: bool) -> list[float]:
@@ -370,8 +388,8 @@ def report(
         "they say `plain PyAV`, which is what their users write. `of bound` is the rate over that of decoding alone, "
         "from memory, in as many threads, in the same round, and `in CPU` the same of clips a CPU second; `beyond` is "
         "CPU time a clip of all processes less what decoding took of it, both counted in the same processes; `first` "
-        "is from constructing the loader to the first batch, imports done. Ours reads runs of 8 neighbours, or a clip "
-        "a read."
+        "is from constructing the loader to the first batch, imports done; `resumed` goes on at half an epoch. Ours "
+        "reads runs of 8 neighbours, or a clip a read."
         + (
             " What is measured ran ahead of all else on the machine, which others used too; of a busy core, the "
             "kernel then leaves 5% to them."
@@ -432,7 +450,12 @@ def report(
         "## Resume at 10 million clips",
         "",
         f"40,000 shards of {A_SHARD} clips. From opening the dataset to the first batch, in a fresh process, imports "
-        "done.",
+        "done"
+        + (
+            "; mosaicml-streaming, with an index of its own of as many samples, to the first sample's bytes."
+            if "streaming" in peers
+            else "."
+        ),
         "",
         "| position | seconds | index in memory (MB) |",
         "| --- | --: | --: |",
@@ -490,16 +513,23 @@ def main() -> None:
         return done[name]
 
     with tempfile.TemporaryDirectory() as work:
-        packing = once("packing", lambda: prepare(url, arguments.footage, 2000, Path(work), peers))
+        packing = once("packing", lambda: prepare(url, arguments.footage, CLIPS, Path(work), peers))
     rounds: Rounds = defaultdict(list)
+    todo = jobs(url, arguments.clips, peers, arguments.realtime)
+    if "energon" in peers:
+        name, config, python = todo["energon", 1]
+        config = {**config, "workers": 1, "clips": CLIPS // 2, "save": CLIPS // 2}
+        once("energon's state", partial(run, name, config, python))
     for number in range(arguments.rounds):
-        for (label, workers), (name, config, python) in jobs(url, arguments.clips, peers, arguments.realtime).items():
+        for (label, workers), (name, config, python) in todo.items():
             config = {**config, "workers": workers}
             rounds[label, workers].append(once(f"{number}/{label}/{workers}", partial(run, name, config, python)))
     large = once("large", lambda: ten_million(url))
     positions = {
         position: once(position, partial(resume, large, position, arguments.realtime)) for position in POSITIONS
     }
+    if "streaming" in peers:
+        positions["streaming, start"] = once("plan", partial(plan_peer, url, peers["streaming"]))
     text = report(packing, rounds, positions, once("worlds", lambda: shared(url)), arguments, peers)
     storage.delete(url, recursive=True)
     path = HERE / "results" / f"loader_{arguments.hardware}_{datetime.date.today()}.md"

@@ -5,8 +5,9 @@
 It prints one line of JSON: seconds to import, seconds from constructing the loader to the first batch, and over the
 batches after the first: clips, seconds, CPU seconds of this process and its workers, and those of them that decoding
 took. Every loader gives the same
-bytes to the same decoder and gets the same kind of pixels: 9 neighbouring frames, (3, 9, H, W) in [-1, 1]. Imports
-stand where they are used: each loader runs in an environment that need not hold the others.
+bytes to the same decoder and gets the same kind of pixels: 9 neighbouring frames, (3, 9, H, W) in [-1, 1]. With
+"resume", a number of clips, each goes on after so many in the way that it offers. Imports stand where they are used:
+each loader runs in an environment that need not hold the others.
 """
 
 from __future__ import annotations
@@ -71,18 +72,22 @@ def by_torchcodec(data: bytes, key: str, stored: int) -> Any:
 
 def timed(read: Callable[..., Any]) -> Callable[..., Any]:
     """``read``, with the CPU time of its calls kept in a file a thread: workers may be processes of their own."""
-    slots: dict[tuple[int, int], mmap.mmap] = {}
+    mine = threading.local()
+    put, clock = struct.Struct("d").pack_into, time.thread_time
+
+    def start() -> None:
+        with open(f"{os.environ['DECODING']}/{os.getpid()}-{threading.get_ident()}", "wb+") as file:
+            file.write(bytes(8))
+            file.flush()
+            mine.process, mine.total, mine.kept = os.getpid(), 0.0, mmap.mmap(file.fileno(), 8)
 
     def reading(*arguments: Any, **options: Any) -> Any:
-        began = time.thread_time()
+        began = clock()
         made = read(*arguments, **options)
-        who = os.getpid(), threading.get_ident()
-        if who not in slots:
-            with open(f"{os.environ['DECODING']}/{who[0]}-{who[1]}", "wb+") as file:
-                file.write(bytes(8))
-                file.flush()
-                slots[who] = mmap.mmap(file.fileno(), 8)
-        slots[who][:] = struct.pack("d", struct.unpack("d", slots[who][:])[0] + time.thread_time() - began)
+        if getattr(mine, "process", None) != os.getpid():
+            start()
+        mine.total += clock() - began
+        put(mine.kept, 0, mine.total)
         return made
 
     return reading
@@ -121,7 +126,7 @@ def ours(config: dict[str, Any]) -> Iterator[int]:
         workers=config["workers"],
         read_ahead=4,
     )
-    for _, batches in made.iter_from(config.get("first_step", 0)):
+    for _, batches in made.iter_from(config.get("resume", 0) // batch):
         yield sum(len(part.places) for part in batches)
 
 
@@ -158,7 +163,10 @@ def memory(config: dict[str, Any]) -> Iterator[int]:
 
 
 def webdataset(config: dict[str, Any]) -> Iterator[int]:
-    """webdataset: shards by curl over signed URLs, a shuffle buffer of 1,000, ``batched``, WebLoader."""
+    """webdataset: shards by curl over signed URLs, a shuffle buffer of 1,000, ``batched``, WebLoader.
+
+    It has no position to go on from: what was seen is drawn again, undecoded, and dropped.
+    """
     import torch
     import webdataset as wds
 
@@ -169,7 +177,12 @@ def webdataset(config: dict[str, Any]) -> Iterator[int]:
 
     yield 0
     pipeline = wds.WebDataset([f"pipe:curl -s '{url}'" for url in config["signed"]], shardshuffle=100, resampled=True)
-    pipeline = pipeline.shuffle(1000).map(make).batched(config["batch"], collation_fn=torch.stack)
+    pipeline = (
+        pipeline.shuffle(1000)
+        .slice(config.get("resume", 0), sys.maxsize)
+        .map(make)
+        .batched(config["batch"], collation_fn=torch.stack)
+    )
     for batch in wds.WebLoader(pipeline, batch_size=None, num_workers=config["workers"]):
         yield len(batch)
 
@@ -201,13 +214,15 @@ def streaming(config: dict[str, Any]) -> Iterator[int]:
             return read(sample["mp4"], sample["key"], config["stored"])
 
     yield 0
-    dataset = Clips(
-        remote=config["mds"], local=tempfile.mkdtemp(), shuffle=True, batch_size=config["batch"], epoch_size=1 << 24
-    )
-    for batch in DataLoader(
+    dataset = Clips(remote=config["mds"], local=tempfile.mkdtemp(), shuffle=True, batch_size=config["batch"])
+    if config.get("resume"):
+        dataset.load_state_dict({**dataset.state_dict(config["resume"], from_beginning=True), "epoch": 0})
+    loader = DataLoader(
         dataset, batch_size=config["batch"], num_workers=config["workers"], collate_fn=torch.stack, drop_last=True
-    ):
-        yield len(batch)
+    )
+    while True:
+        for batch in loader:
+            yield len(batch)
 
 
 def energon(config: dict[str, Any]) -> Iterator[int]:
@@ -218,7 +233,7 @@ def energon(config: dict[str, Any]) -> Iterator[int]:
         DefaultTaskEncoder,
         WorkerConfig,
         basic_sample_keys,
-        get_loader,
+        get_savable_loader,
         get_train_dataset,
         stateless,
     )
@@ -245,7 +260,14 @@ def energon(config: dict[str, Any]) -> Iterator[int]:
         worker_config=WorkerConfig(rank=0, world_size=1, num_workers=config["workers"]),
         task_encoder=Encoder(),
     )
-    for batch in get_loader(dataset):
+    loader = get_savable_loader(dataset)
+    if config.get("resume"):
+        loader.restore_state_rank(torch.load(config["state"], weights_only=False))  # its own, of a moment ago
+    done = 0
+    for batch in loader:
+        done += len(batch)
+        if done >= config.get("save", sys.maxsize):
+            torch.save(loader.save_state_rank(), config["state"])
         yield len(batch)
 
 
@@ -265,6 +287,20 @@ def write_mds(config: dict[str, Any]) -> None:
                         file = tar.extractfile(info)
                         assert file
                         writer.write({"mp4": file.read(), "key": info.name[:-4]})
+
+
+def plan_streaming(config: dict[str, Any]) -> dict[str, float]:
+    """Seconds and megabytes that mosaicml-streaming takes from its index to the first sample's bytes."""
+    import psutil
+
+    kept = _declare_operators()
+    from streaming import StreamingDataset
+
+    assert kept
+    before, began = psutil.Process().memory_info().rss, time.perf_counter()
+    dataset = StreamingDataset(remote=config["mds"], local=tempfile.mkdtemp(), shuffle=True, batch_size=config["batch"])
+    next(iter(dataset))
+    return {"seconds": time.perf_counter() - began, "megabytes": (psutil.Process().memory_info().rss - before) / 1e6}
 
 
 def cpu_seconds() -> float:
@@ -287,6 +323,9 @@ def main() -> None:
     if name == "write_mds":
         write_mds(config)
         return
+    if name == "plan_streaming":
+        print(json.dumps(plan_streaming(config)), flush=True)
+        os._exit(0)
     os.environ["DECODING"] = tempfile.mkdtemp()
     began = time.perf_counter()
     import torch
