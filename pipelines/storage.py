@@ -34,6 +34,7 @@ import select
 import shutil
 import socket
 import ssl
+import struct
 import tempfile
 import threading
 import time
@@ -489,34 +490,48 @@ class _Headers(dict[str, str]):
         return super().get(name.lower(), default)
 
 
-class _Response(http.client.HTTPResponse):
-    """An answer whose headers cost little: the standard library's parser, made for mail, takes longer than all else
-    of a small read.
+def _head(sock: Any) -> tuple[int, _Headers, bytes]:
+    """Status, headers and what came with them of the body. The standard library's parser, made for mail, takes longer
+    than all else of a small read.
     """
+    data = b""
+    while True:
+        while (end := data.find(b"\r\n\r\n")) < 0:
+            if data.count(b"\n") > HEADERS or len(data) > HEADER_BYTES:
+                raise http.client.HTTPException(f"more than {HEADERS} headers, or {HEADER_BYTES} bytes of them")
+            more = sock.recv(HEADER_BYTES)
+            if not more:
+                raise ConnectionResetError("closed within the headers" if data else "closed without an answer")
+            data += more
+        first, *lines = data[:end].decode("latin-1").split("\r\n")
+        data = data[end + 4 :]
+        version, _, status = first.partition(" ")
+        if not version.startswith("HTTP/1.") or not status[:3].isdecimal():
+            raise http.client.HTTPException(f"no HTTP/1 but {first[:40]!r}")
+        headers = _Headers(connection="close" if version == "HTTP/1.0" else "")
+        for line in lines:
+            name, colon, value = line.partition(":")
+            if not colon:
+                raise http.client.HTTPException("headers that are cut off or none")
+            headers[name.lower()] = value.strip()
+        if int(status[:3]) >= 200:
+            return int(status[:3]), headers, data
 
-    def begin(self) -> None:
-        while True:
-            version, status, reason = self._read_status()
-            headers = _Headers()
-            for _ in range(HEADERS):
-                line = self.fp.readline(HEADER_BYTES)
-                if line in (b"\r\n", b"\n"):
-                    break
-                name, colon, value = line.decode("latin-1").partition(":")
-                if not colon or not line.endswith(b"\n"):
-                    raise http.client.HTTPException("headers that are cut off or none")
-                headers[name.lower()] = value.strip()
-            else:
-                raise http.client.HTTPException(f"more than {HEADERS} headers")
-            if status >= 200:
-                break
-        self.code, self.status, self.reason = status, status, reason.strip()
-        self.version = 10 if version == "HTTP/1.0" else 11
-        self.headers = self.msg = headers
-        self.chunked, self.chunk_left = headers.get("transfer-encoding", "").lower() == "chunked", None
-        length = headers.get("content-length", "")
-        self.length = int(length) if length.isdecimal() and not self.chunked else None
-        self.will_close = self._check_close() or (self.length is None and not self.chunked)
+
+def _chunks(sock: Any, data: bytes) -> bytes:
+    """A body in chunks, error messages mostly; ``data`` is what came of it."""
+    body = b""
+    while True:
+        size, found, rest = data.partition(b"\r\n")
+        count = int(size.partition(b";")[0], 16) if found else 0
+        if found and len(rest) >= count + 2:
+            body, data = body + rest[:count], rest[count + 2 :]
+            if not count:
+                return body
+        elif more := sock.recv(HEADER_BYTES):
+            data += more
+        else:
+            raise EOFError(f"{len(body)} bytes of an answer in chunks came")
 
 
 class _Reads:
@@ -539,7 +554,7 @@ class _Reads:
         self.tls = ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE")) if self.secure else None
 
     def get(self, url: str, start: int | None, end: int | None, limit: float) -> tuple[bytes, Version]:
-        """One attempt; raises _Answered, TimeoutError, EOFError, or what a socket raises."""
+        """One attempt; raises _Answered, TimeoutError, EOFError, HTTPException, or what a socket raises."""
         ranged = start is not None or end is not None
         part = f"Range: bytes={start or 0}-{'' if end is None else end - 1}\r\n" if ranged else ""
         deadline = time.monotonic() + limit
@@ -550,42 +565,57 @@ class _Reads:
             connection.sock.sendall(f"GET {target} HTTP/1.1\r\nHost: {self.netloc}\r\n{part}\r\n".encode("ascii"))
             if _QUICK is not None:
                 connection.sock.setsockopt(socket.IPPROTO_TCP, _QUICK, 1)
-            answer = _Response(connection.sock, method="GET")
-            answer.begin()
-            length = answer.length
-            chunks, got = [answer.read()] if length is None else [], 0  # error messages, mostly
-            while length and got < length:
-                chunk = answer.read1(length - got)
-                if not chunk:
-                    raise EOFError(f"{got} of {length} bytes came")
-                chunks.append(chunk)
-                got += len(chunk)
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"{got} of {length} bytes came in {limit:.0f} s")
-        except BaseException:
+            status, headers, data = _head(connection.sock)
+            length = headers.get("content-length", "")
+            if headers.get("transfer-encoding", "").lower() == "chunked":
+                data, ends = _chunks(connection.sock, data), True
+            else:
+                ends = headers.get("connection", "").lower() == "close" or not length.isdecimal()
+                data = self._body(connection.sock, data, int(length) if length.isdecimal() else None, deadline)
+        except BaseException as error:
             connection.close()
+            if isinstance(error, BlockingIOError):  # SO_RCVTIMEO
+                raise TimeoutError(f"timed out after {policy.idle_timeout:g} s without a byte") from None
             raise
-        if answer.will_close:
+        if ends:
             connection.close()
         else:
-            answer.close()
             self.idle.append(connection)
-        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        if answer.status not in (200, 206):
-            error = _Answered(answer.status, answer.headers, data.decode("utf-8", "replace"))
-            if answer.status in (400, 403) and not fresh:  # the credentials behind the signature may have expired
+        if status not in (200, 206):
+            error = _Answered(status, headers, data.decode("utf-8", "replace"))
+            if status in (400, 403) and not fresh:  # the credentials behind the signature may have expired
                 error.stale = True
                 with self.lock:
                     self.signed.pop(url, None)
             raise error
-        if ranged and answer.status == 200:
+        if ranged and status == 200:
             raise InputError(f"can't read part of {redact(url)}: {self.base} ignores byte ranges")
         if ranged and end is not None and len(data) != end - (start or 0):
-            raise _too_short(url, start or 0, end, int(answer.headers["content-range"].rpartition("/")[2]))
-        if length is None and not answer.chunked:
+            raise _too_short(url, start or 0, end, int(headers["content-range"].rpartition("/")[2]))
+        if not length and "transfer-encoding" not in headers:
             raise EOFError(f"{len(data)} bytes of an answer without a length came")
         counters.request(read=len(data))
-        return data, answer.headers.get("etag", "").strip('"')
+        return data, headers.get("etag", "").strip('"')
+
+    def _body(self, sock: Any, data: bytes, length: int | None, deadline: float) -> bytes:
+        """The body that begins with ``data``: without TLS in one call, which the kernel fills; without length, all."""
+        if length is None:
+            while more := sock.recv(HEADER_BYTES):
+                data += more
+            return data
+        if len(data) >= length:
+            return data[:length]
+        body, got = bytearray(length), len(data)
+        body[:got] = data
+        view = memoryview(body)
+        while got < length:
+            count = sock.recv_into(view[got:], 0, 0 if self.tls else socket.MSG_WAITALL)
+            if not count:
+                raise EOFError(f"{got} of {length} bytes came")
+            got += count
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{got} of {length} bytes came before the time was up")
+        return bytes(body)
 
     def _connection(self) -> http.client.HTTPConnection:
         """An idle connection that the store has not closed, or a new one."""
@@ -603,7 +633,9 @@ class _Reads:
         if self.proxy and self.secure:
             connection.set_tunnel(self.host, self.port)
         connection.connect()
-        connection.sock.settimeout(policy.idle_timeout)
+        connection.sock.settimeout(policy.idle_timeout if self.tls else None)
+        idle = struct.pack("ll", int(policy.idle_timeout), int(policy.idle_timeout % 1 * 1e6))
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, idle)  # of the kernel's, for MSG_WAITALL
         return connection
 
     def _sign(self, url: str) -> tuple[str, bool]:

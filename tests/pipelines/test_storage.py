@@ -8,8 +8,11 @@ import errno
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +23,8 @@ from faulty import Fault, FaultyProxy, point_at
 
 from pipelines import storage
 from pipelines.faults import InputError
+
+OPENSSL = shutil.which("openssl")
 
 
 def test_objects_come_back_whole_and_in_ranges(any_url: str) -> None:
@@ -372,9 +377,11 @@ def test_keys_in_a_url_are_refused_without_showing_them(keys: str) -> None:
     assert "pass" not in str(caught.value)
 
 
-def answers(monkeypatch: pytest.MonkeyPatch, *pieces: bytes) -> str:
+def answers(monkeypatch: pytest.MonkeyPatch, *pieces: bytes, tls: ssl.SSLContext | None = None) -> str:
     """A URL on a gateway that keeps its connection and gives every request this answer, a piece a ``send``."""
     listener = socket.create_server(("127.0.0.1", 0))
+    if tls:
+        listener = tls.wrap_socket(listener, server_side=True)
 
     def serve() -> None:
         with contextlib.suppress(OSError):
@@ -391,9 +398,34 @@ def answers(monkeypatch: pytest.MonkeyPatch, *pieces: bytes) -> str:
                     return
 
     threading.Thread(target=serve, daemon=True).start()
-    point_at(f"http://127.0.0.1:{listener.getsockname()[1]}", monkeypatch)
+    point_at(f"http{'s' if tls else ''}://127.0.0.1:{listener.getsockname()[1]}", monkeypatch)
     monkeypatch.setattr(storage, "policy", storage.RetryPolicy(attempts=2, first_wait=0.01, idle_timeout=2))
     return "s3://bucket/key"
+
+
+@pytest.mark.parametrize("secure", [False, pytest.param(True, marks=pytest.mark.skipif(not OPENSSL, reason="openssl"))])
+def test_a_body_that_comes_in_pieces_is_whole_with_tls_and_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secure: bool
+) -> None:
+    tls = None
+    if secure:
+        key, certificate = str(tmp_path / "key"), str(tmp_path / "certificate")
+        made = ["-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=x", "-keyout", key]
+        made += ["-addext", "subjectAltName=IP:127.0.0.1", "-out", certificate]
+        subprocess.run([str(OPENSSL), "req", *made], check=True, capture_output=True)
+        monkeypatch.setenv("AWS_CA_BUNDLE", certificate)
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(certificate, key)
+    data = os.urandom(400_000)
+    head = b"HTTP/1.1 206 x\r\ncontent-length: %d\r\n\r\n" % len(data)
+    url = answers(monkeypatch, head, data[:10], data[10:200_000], data[200_000:], tls=tls)
+    for _ in range(3):
+        assert storage.read_bytes(url, 0, len(data)) == data
+    assert len(storage._s3().reads.idle) == 1
+    url = answers(monkeypatch, head, data[:300_000], tls=tls)
+    monkeypatch.setattr(storage.policy, "idle_timeout", 0.2)
+    with pytest.raises(storage.Unreachable, match=r"timed out"):
+        storage.read_bytes(url, 0, len(data))
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_QUICKACK"), reason="Linux only")
