@@ -37,6 +37,19 @@ def cosine_basis(side: int, coefficients: int) -> Tensor:
     return torch.stack(patches).float()
 
 
+def contrast(coefficients: Tensor, numbers: int | None = None) -> Tensor:
+    """How strong cells of (B, K, ..., h, w) orthonormal coefficients are without the first one, their mean, over 3 x 3
+    cells: (B, 1, ..., h, w). Their root mean square, or that of the cell's pixels if it has ``numbers``.
+
+    A network behind normalisations can't see how strong its input is, while what it adds to a linear path must go with
+    that: its output is multiplied with this.
+    """
+    detail = coefficients.float()[:, 1:]
+    power = detail.square().sum(1, keepdim=True) / (numbers or max(1, detail.shape[1]))
+    pooled = F.avg_pool2d(power.flatten(0, -3)[:, None], 3, stride=1, padding=1, count_include_pad=False)
+    return pooled.reshape(power.shape).clamp_min(1e-6).sqrt()
+
+
 def spacetime_basis(span: int, side: int, coefficients: int) -> Tensor:
     """Orthonormal basis of colour cells, (K, 3, ``span``, R, R): :func:`cosine_basis` times cosines in time.
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from trainer.blocks.conv import Conv2d, Down, ResidualBlock, Up
-from trainer.blocks.patch import PatchAnalysis, PatchSynthesis, cosine_basis
+from trainer.blocks.patch import PatchAnalysis, PatchSynthesis, contrast, cosine_basis
 from trainer.blocks.warp import halve_flow, resize_flow, warp
 
 
@@ -80,3 +80,17 @@ def test_a_replicated_border_makes_no_edge():
         layer.weight.copy_(torch.tensor([[0, 0, 0], [-1.0, 0, 1], [0, 0, 0]])[None, None])
         layer.bias.zero_()
     assert not layer(torch.full((1, 1, 4, 4), 3.0)).any()
+
+
+def test_contrast_is_what_a_cell_has_beside_its_mean():
+    analysis = PatchAnalysis(4, 48)
+    pixels = torch.randn(2, 3, 12, 16, generator=torch.Generator().manual_seed(0))
+    flat = torch.full((2, 3, 12, 16), 0.7)
+    strong, weak = (contrast(analysis(flat + gain * pixels), 48) for gain in (1.0, 0.1))
+    assert strong.shape == (2, 1, 3, 4)
+    assert torch.allclose(strong, 10 * weak, rtol=1e-4) and contrast(analysis(flat), 48).max() < 2e-3
+    lonely = torch.zeros(1, 48, 1, 5, 5)
+    lonely[:, 3:, :, 2, 2] = 1
+    assert torch.equal(
+        contrast(lonely)[0, 0, 0] > 2e-3, torch.tensor([0, 1, 1, 1, 0]).outer(torch.tensor([0, 1, 1, 1, 0])) > 0
+    )

@@ -294,6 +294,12 @@ def test_a_linear_path_is_a_codec_before_training() -> None:
         assert (found - wanted).square().mean() < 0.5 * wanted.var()
     layers = model.decoder.conv_out, model.encoder.conv_out, model.temporal_encoder.conv_out
     assert not any(layer.weight.any() for layer in layers), "the networks start as nothing"
+    still = torch.full_like(clip, 0.3)
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.normal_(std=0.1, generator=generator(0, 0, "test/shake"))
+        assert (model(still).pixels_B3THW - still).abs().max() < 0.05, "what has no detail is left alone"
+        assert (model(clip).pixels_B3THW - made).abs().mean() > 0.05
 
 
 # -- images ----------------------------------------------------------------------------------------------------------

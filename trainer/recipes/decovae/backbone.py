@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.blocks.patch import cosine_basis, spacetime_basis
+from trainer.blocks.patch import contrast, cosine_basis, spacetime_basis
 from trainer.recipes.decovae.config import BackboneSpec
 
 PATCH = 4
@@ -156,7 +156,8 @@ class Encoder(nn.Module):
         features = self.fused(torch.cat(branches, dim=-1))
         mean, log_variance = (head(features).float().movedim(-1, 1) for head in (self.mean, self.log_variance))
         if self.analysis is not None:
-            mean = mean + self.analysis(x_BCTHW)
+            coefficients = self.analysis(x_BCTHW)
+            mean = mean * contrast(coefficients) + coefficients
         return mean, log_variance.clamp(-30, 20)
 
 
@@ -220,6 +221,13 @@ class Decoder(nn.Module):
                 whole = _unpatches(to_low(low[:, steps]), span, 1), _unpatches(to_high(high[:, steps]), span, highs)
                 parts.append(unhaar(torch.cat(whole, dim=1).float(), dims))
         return torch.cat(parts, dim=2)
+
+    def beside(self, name: str, x_BCTHW: Tensor, z_BDLhw: Tensor) -> Tensor:
+        """What ``forward`` made of a component's latent, times its contrast, and the component's linear path."""
+        first = contrast(z_BDLhw[:, :, :1], 3 * CELL**2)
+        later = contrast(z_BDLhw[:, :, 1:], 3 * SPAN * CELL**2).repeat_interleave(SPAN, dim=2)
+        scale_B1THW = F.interpolate(torch.cat((first, later), dim=2), scale_factor=(1.0, CELL, CELL), mode="nearest")
+        return x_BCTHW * scale_B1THW + self.synthesis[name](z_BDLhw)
 
 
 class Analysis(nn.Module):

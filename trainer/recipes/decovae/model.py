@@ -123,7 +123,7 @@ class DecoVae(nn.Module):
             whole = self.decoder(torch.cat([z[name] for name in names]))
             made |= dict(zip(names, whole.chunk(len(names)), strict=True))
         return {
-            name: value + self.decoder.synthesis[name](z[name]) if name in self.decoder.synthesis else value
+            name: self.decoder.beside(name, value, z[name]) if name in self.decoder.synthesis else value
             for name, value in made.items()
         }
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer.blocks.patch import PatchAnalysis, PatchSynthesis
+from trainer.blocks.patch import PatchAnalysis, PatchSynthesis, contrast
 from trainer.recipes.videovaeplus.config import SPAN, VideoVaePlusConfig
 from trainer.recipes.videovaeplus.image_vae import inherit
 from trainer.recipes.videovaeplus.layers import (
@@ -231,7 +231,9 @@ class TemporalDecoder(_Blocks):
         for level in self.levels:
             x = self._run(level, x, context)
         x = self.conv_out(x)
-        return x if self.synthesis is None else x.float() + self.synthesis(z_Bcthw)
+        if self.synthesis is None:
+            return x
+        return x.float() * contrast(z_Bcthw).repeat_interleave(SPAN, dim=2) + self.synthesis(z_Bcthw)
 
 
 class VideoVaePlus(nn.Module):
@@ -274,7 +276,8 @@ class VideoVaePlus(nn.Module):
             moments = self.quant_conv(moments)
         mean, log_variance = moments.float().chunk(2, dim=1)
         if self.analysis is not None:
-            mean = mean + self.analysis(x_N3HW)
+            coefficients = self.analysis(x_N3HW)
+            mean = mean * contrast(coefficients) + coefficients
         return Posterior(clips(mean, context.clips), clips(log_variance.clamp(-30, 20), context.clips))
 
     def decode_frames(self, z1_BcThw: Tensor, context: Context) -> Tensor:
@@ -282,14 +285,16 @@ class VideoVaePlus(nn.Module):
         z_Nchw = frames(z1_BcThw)
         x_N3HW = self.decoder(z_Nchw if self.post_quant_conv is None else self.post_quant_conv(z_Nchw), context).float()
         if self.synthesis is not None:
-            x_N3HW = x_N3HW + self.synthesis(z_Nchw)
+            scale = F.interpolate(contrast(z_Nchw, 3 * self.synthesis.side**2), scale_factor=self.synthesis.side)
+            x_N3HW = x_N3HW * scale + self.synthesis(z_Nchw)
         return clips(x_N3HW, context.clips)
 
     def encode_time(self, z1_BcThw: Tensor, context: Context) -> Posterior:
         """Equation 3, E2: Z1 -> Z2 (B, c, t, h, w)."""
         mean, log_variance = self.temporal_encoder(z1_BcThw, context).float().chunk(2, dim=1)
         if self.temporal_encoder.analysis is not None:
-            mean = mean + self.temporal_encoder.analysis(z1_BcThw)
+            coefficients = self.temporal_encoder.analysis(z1_BcThw)
+            mean = mean * contrast(coefficients) + coefficients
         return Posterior(mean, log_variance.clamp(-30, 20))
 
     def encode(self, x_B3THW: Tensor, context: Context, noise: dict[str, Tensor] | None = None) -> Posterior:
