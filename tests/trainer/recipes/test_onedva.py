@@ -575,6 +575,18 @@ def test_the_untrained_linear_path_is_a_codec_that_gains_from_every_latent() -> 
     assert errors[0] < 0.5 * level and sorted(errors, reverse=True) == errors and errors[-1] < 0.9 * errors[0]
 
 
+def test_behind_the_gate_full_noise_says_nothing_and_less_noise_does() -> None:
+    recipe = recipe_of(**LINEAR, gate=True)
+    built = read(shaken(recipe), recipe)
+    x = footage(1, 9)
+    with torch.no_grad():
+        latents = {name: posterior.mean for name, posterior in built.encode(x, sequence=True).items()}
+        for time, same in ((1.0, True), (0.5, False)):
+            noise = (torch.randn(x.shape, generator=generator(seed, 0, "test/noise")) for seed in (0, 1))
+            one, other = (built.decoder(z, torch.tensor([time]), latents)[1] for z in noise)
+            assert torch.equal(one, other) == same
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 

@@ -116,6 +116,11 @@ class OneDvaConfig(_Part):
         "The loss is the velocity's either way.",
     )
     least_time: float = Field(0.05, gt=0, le=1, description="For `clean`: the divisor t is never less.")
+    gate: bool = Field(
+        False,
+        description="Whether the noised pixels enter the decoder times 1 - t (ours): at full noise they say nothing, "
+        "and a decoder that starts at 0 would first have to learn that.",
+    )
     linear: Literal["none", "dct"] = Field(
         "none",
         description="`dct` adds a linear path to encoder and decoder that starts as a cosine transform, and starts the "

@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from trainer.blocks.patch import COLOUR_VARIANCE, cosine_basis, spacetime_basis
+from trainer.blocks.patch import COLOUR_VARIANCE, contrast, cosine_basis, spacetime_basis
 from trainer.recipes.onedva.config import CELL, SPAN
 
 CORRELATION = {"time": 0.98, "space": 0.95}
@@ -110,6 +110,18 @@ class LinearPath(nn.Module):
         return self._one(first_BSX, self.first, self.deviation_first), self._one(
             later_BSX, self.later, self.deviation_later
         )
+
+    def contrast(self, first_BSD: Tensor, later_BSD: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """That of the pixels of cells with such structural coefficients, (B, 1, L, h, w)."""
+        steps, height, width = grid
+        parts = []
+        for value_BSD, deviation_D, count, span in (
+            (first_BSD, self.deviation_first, 1, 1), (later_BSD, self.deviation_later, steps - 1, SPAN)
+        ):  # fmt: skip
+            if count:
+                grid_BDLhw = (value_BSD * deviation_D).unflatten(1, (count, height, width)).movedim(-1, 1)
+                parts.append(contrast(grid_BDLhw, 3 * span * CELL**2))
+        return torch.cat(parts, dim=2)
 
     def _one(self, x_BSX: Tensor, weight_DP: Tensor, deviation_D: Tensor) -> Tensor:
         x_BSX = x_BSX.to(weight_DP.dtype)

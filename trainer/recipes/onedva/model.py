@@ -174,7 +174,7 @@ class Decoder(nn.Module):
         super().__init__()
         width, latent, channels = config.decoder.width, config.latent_channels, config.decoder.pixel_channels
         self.head, self.channels = width // config.decoder.heads, channels
-        self.clean, self.least_time = config.predict == "clean", config.least_time
+        self.clean, self.least_time, self.gate = config.predict == "clean", config.least_time, config.gate
         self.patchify, self.time = Patchifier(width), Time(width)
         self.from_structural, self.from_1d = nn.Linear(latent, width), nn.Linear(latent, width)
         self.null_C, self.mask_C = nn.Parameter(torch.randn(width) * 0.02), nn.Parameter(torch.randn(width) * 0.02)
@@ -214,6 +214,8 @@ class Decoder(nn.Module):
             dropped_B = torch.zeros(len(z_B3THW), dtype=torch.bool, device=z_B3THW.device)
         dropped_B11 = dropped_B[:, None, None]
         whole_B3THW = padded(z_B3THW)
+        if self.gate:
+            whole_B3THW = whole_B3THW * (1 - per_clip(t_B, whole_B3THW))
         entered_BNC = self.patchify(whole_B3THW)
         tokens = entered_BNC.shape[1]
         x_BSC = entered_BNC + torch.where(dropped_B11, self.null_C, self.from_structural(structural_BND))
@@ -240,23 +242,28 @@ class Decoder(nn.Module):
         if not self.clean:
             return out_B3THW, z_B3THW - per_clip(t_B, z_B3THW) * out_B3THW, tapped_BNC
         if self.synthesis is not None:
-            linear_B3THW = self._linear(structural_BND, sequence_BKD, known_BK1, grid)[:, :, :frames, :height, :width]
-            out_B3THW = out_B3THW + torch.where(per_clip(dropped_B, out_B3THW), 0.0, linear_B3THW)
+            linear_B3THW, scale_B1THW = self._linear(structural_BND, sequence_BKD, known_BK1, grid)
+            beside_B3THW = out_B3THW * scale_B1THW[:, :, :frames, :height, :width]
+            beside_B3THW = beside_B3THW + linear_B3THW[:, :, :frames, :height, :width]
+            out_B3THW = torch.where(per_clip(dropped_B, out_B3THW), out_B3THW, beside_B3THW)
         divisor = per_clip(t_B.clamp_min(self.least_time), z_B3THW)
         return (z_B3THW - out_B3THW) / divisor, out_B3THW, tapped_BNC
 
     def _linear(
         self, structural_BND: Tensor, sequence_BKD: Tensor | None, known_BK1: Tensor | None, grid: Grid
-    ) -> Tensor:
-        """Pixels (B, 3, T, H, W) of the padded clip by the linear path alone."""
+    ) -> tuple[Tensor, Tensor]:
+        """Pixels (B, 3, T, H, W) of the padded clip by the linear path alone, and their contrast (B, 1, T, H, W)."""
         assert self.synthesis is not None
         at = grid[1] * grid[2]
-        made = self.synthesis(structural_BND[:, :at], structural_BND[:, at:], fine=False)
+        first, later = structural_BND[:, :at], structural_BND[:, at:]
+        made = self.synthesis(first, later, fine=False)
         if sequence_BKD is not None and known_BK1 is not None:
             fine_BND = from_sequence(torch.where(known_BK1, sequence_BKD, 0.0), grid).flatten(1, 3)
             fine = self.synthesis(fine_BND[:, :at], fine_BND[:, at:], fine=True)
             made = (made[0] + fine[0], made[1] + fine[1])
-        return pixel_shuffle(*made, grid, 3)
+        scale_B1LHW = F.interpolate(self.synthesis.contrast(first, later, grid), scale_factor=(1, CELL, CELL))
+        scale_B1THW = torch.cat((scale_B1LHW[:, :, :1], scale_B1LHW[:, :, 1:].repeat_interleave(SPAN, dim=2)), dim=2)
+        return pixel_shuffle(*made, grid, 3), scale_B1THW
 
 
 class Projector(nn.Sequential):
