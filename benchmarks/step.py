@@ -6,7 +6,8 @@ Trains each stage of the manifest for a few steps through the engine, on one pro
 memory: reading is not measured here (``benchmarks.loader`` does). Eager and compiled, float32 and bfloat16, take turns,
 a step each; the first steps, in which the compiler works, are not counted. Floating point operations are counted by
 torch over a step's forward and backward pass; the device's peak is what a large matrix product reaches on it in the
-same run, in the same precision. Peak memory is taken in a process of its own for each variant.
+same run, in the same precision, or in float32 where that is faster. Peak memory is taken in a process of its own for
+each variant.
 """
 
 from __future__ import annotations
@@ -137,6 +138,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / took
 
 
+def length(days: float) -> str:
+    """A time in days, or in hours where it is less than one."""
+    return f"{days:,.1f} days" if days >= 1 else f"{24 * days:.2f} hours"
+
+
 def memory(source: str, sets: list[str], stage: str, variant: str, clips: int, device: str, answers: Any) -> None:
     """Peak bytes of a process that does two eager or compiled steps and nothing else."""
     manifest = manifests.load(source, sets)
@@ -206,7 +212,7 @@ def main() -> None:
             rows.append(
                 f"| {stage.name} | {name} | {middle:.0f} ({low:.0f} to {high:.0f}) | {ratio:.2f} | "
                 f"{1000 * options.clips / middle:.2f} | {achieved / 1e9:.1f} | "
-                f"{achieved / peaks[VARIANTS[name][0]]:.1%} | {answers.get() / 2**20:,.0f} |"
+                f"{achieved / max(peaks['fp32'], peaks[VARIANTS[name][0]]):.1%} | {answers.get() / 2**20:,.0f} |"
             )
             print(rows[-1], flush=True)
         middle = {part: statistics.median(step[part] for step in found["times"]["float32"]) for part in
@@ -262,7 +268,7 @@ def report(
         *shares,
         "",
         f"{which}, {clips_in_all:,} clips, on one device like this one: "
-        + ", ".join(f"{spent:,.1f} days {name}" for name, spent in days.items()) + ".",
+        + ", ".join(f"{length(spent)} {name}" for name, spent in days.items()) + ".",
         "",
     ])  # fmt: skip
 
