@@ -192,8 +192,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=ALL, metavar="MODEL:WORKERS:DATA")
     parser.add_argument("--steps", type=int, default=110)
-    parser.add_argument("--hardware", default=f"cpu{os.cpu_count()}")
+    parser.add_argument("--hardware", default=f"{os.cpu_count()}cpu")
     arguments = parser.parse_args()
+    path = ROOT / "benchmarks/results" / f"overhead_{arguments.hardware}_{datetime.date.today()}.md"
+    path.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         synthetic.write_videos(Path(folder, "videos"), count=32)
         shards = str(Path(folder, "shards"))
@@ -203,9 +205,7 @@ def main() -> None:
             name, workers, data = case.split(":")
             rows.append(row(time_case(name, int(workers), data, arguments.steps, f"{shards}/train", f"{folder}/runs")))
             print(rows[-1], flush=True)
-    path = ROOT / "benchmarks/results" / f"overhead_{arguments.hardware}_{datetime.date.today()}.md"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(report(rows))
+            path.write_text(report(rows))
 
 
 if __name__ == "__main__":
