@@ -296,12 +296,17 @@ class RunManifest(_Part):
         return plain
 
     def identity(self) -> dict[str, Any]:
-        """What decides the weights; a run is only resumed where this is the same. Hardware and cadence are left out."""
+        """What decides the weights; a run is only resumed where this is the same. Hardware and cadence are left out,
+        except where hardware decides them too: by a batch normalisation's micro-batch.
+        """
         plain = self.resolved()
         data = plain["data"]
         kept = ("recipe", "model", "batch", "precision", "seed", "optimizer", "ema", "stages")
         refs = {k: [{f: r[f] for f in ("dataset", "weight")} for r in data[k]] for k in ("train", "images")}
-        return {k: plain[k] for k in kept} | {"data": {**refs, "granularity": data["granularity"]}}
+        same = {k: plain[k] for k in kept} | {"data": {**refs, "granularity": data["granularity"]}}
+        if _by_micro_batch(resolve_stages(self)):
+            same |= {"micro_batch": plain["micro_batch"], "workers": {"count": plain["workers"]["count"]}}
+        return same
 
     def digest(self) -> str:
         """Short digest of ``identity``."""
@@ -450,6 +455,13 @@ def _joint(manifest: RunManifest) -> list[str]:
             faults += [f"stages.{stage.name}.{line}" for line in recipe.check(stage)]
         if recipes.codes(recipe):
             faults += _sizes(recipe, stage)
+    if workers.least != workers.greatest:
+        faults += [
+            f"stages.{stage.name}.adversary.network.norm: batch: its statistics are those of a rank's micro-batch, so "
+            f"workers.count {list(_pair(workers.count))} would train another model at each size. Use norm: group, or "
+            "give workers.count one number"
+            for stage in _by_micro_batch(stages)
+        ]
     if manifest.failure.grace_seconds <= LEAVE_SECONDS:
         faults.append(
             f"failure.grace_seconds: {manifest.failure.grace_seconds:g}: a run leaves {LEAVE_SECONDS:g} s before the "
@@ -469,6 +481,11 @@ def _joint(manifest: RunManifest) -> list[str]:
         faults.append(f"data.eval: {manifest.data.eval}: recipe {recipe.name} decodes no videos, so nothing can be "
                       "evaluated. Leave it out; `moviola sample` draws samples")  # fmt: skip
     return faults
+
+
+def _by_micro_batch(stages: Iterable[Stage]) -> list[Stage]:
+    """Stages in which what is computed depends on how a global batch is cut into micro-batches."""
+    return [s for s in stages if s.steps and s.adversary and s.adversary.network.norm == "batch"]
 
 
 def _sizes(recipe: recipes.CodecRecipe, stage: Stage) -> Iterator[str]:

@@ -52,6 +52,18 @@ def test_identity_ignores_hardware_and_cadence_and_nothing_else():
         assert manifests.validate(_with(**change), "m").digest() != base.digest(), change
 
 
+def test_statistics_of_a_micro_batch_are_of_one_world_size_alone():
+    adversary = {"weight": 0.1, "network": {"norm": "batch", "layers": 2}}
+    change = {"recipe": "decovae", "model": {}, "stages": {"dynamic": {"adversary": adversary}}}
+    text = _faults(_with(**change))
+    assert "stages.dynamic.adversary.network.norm: batch" in text and "workers.count [1, 4] would train" in text
+    fixed = manifests.validate(_with(**change, workers={"count": 4}), "m")
+    other = manifests.validate(_with(**change, workers={"count": 2}, zero={"stage": 3}), "m")
+    assert list(manifests.difference(fixed.identity(), other.identity())) == ["workers.count: 4 -> 2"]
+    no_steps = {"dynamic": {"adversary": adversary, "steps": 0}}
+    manifests.validate(_with(**{**change, "stages": no_steps}), "m")
+
+
 def test_all_faults_in_one_go_with_the_nearest_name():
     text = _faults(
         _with(
