@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from pipelines import storage
+from pipelines import strict_yaml
 from pipelines.faults import InputError
 
 Positive = Annotated[int, Field(gt=0)]
@@ -134,14 +133,7 @@ def load_rules(url: str | None = None, sets: Sequence[str] = ()) -> PackRules:
     """
     values: Any = {}
     if url:
-        try:
-            values = yaml.safe_load(storage.read_bytes(url))
-        except storage.Missing:
-            raise InputError(f"rules {url}: there is no such file", status=2) from None
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise InputError(f"{url}: not YAML: {' '.join(str(error).split())}", status=2) from None
-        if not isinstance(values, dict):
-            raise InputError(f"{url}: pack rules are a mapping of fields; this is {type(values).__name__}", status=2)
+        values = strict_yaml.mapping(strict_yaml.read(url, "rules"), url, "pack rules are")
     for setting in sets:
         field, equals, value = setting.partition("=")
         if not equals or not field:
@@ -153,8 +145,8 @@ def load_rules(url: str | None = None, sets: Sequence[str] = ()) -> PackRules:
         if not isinstance(inner, dict):
             raise InputError(f"--set {setting}: {'.'.join(outer)} has no fields", status=2)
         try:
-            inner[last] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError, RecursionError):
+            inner[last] = strict_yaml.value(value)
+        except strict_yaml.UNREADABLE:
             inner[last] = value
     try:
         return PackRules.model_validate(values)

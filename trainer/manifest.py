@@ -15,17 +15,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from pipelines import index, storage
+from pipelines import index, storage, strict_yaml
 from pipelines.contracts import PositiveInt
 from pipelines.faults import InputError, near
 from trainer import recipe as recipes
 from trainer.losses.perceptual import PerceptualSpec
 from trainer.stage import OptimizerSpec, Schedule, Stage
 
-MAX_BYTES = 1 << 20
 LEAVE_SECONDS = 3.0
 """Spare time before a preemption's deadline, beside twice a step and twice a checkpoint."""
 NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
@@ -363,7 +361,7 @@ def load(source: str | Path, sets: Sequence[str] = (), *, name: str | None = Non
 def named_datasets(source: str) -> list[str]:
     """The datasets that a faulty manifest names, as far as it can be read."""
     try:
-        data = parse(_read(source), source).get("data")
+        data = parse(strict_yaml.read(source, "manifest"), source).get("data")
     except InputError:
         return []
     data = data if isinstance(data, dict) else {}
@@ -570,60 +568,9 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "")
             yield f"{prefix}{key}: {json.dumps(a, default=str)} -> {json.dumps(b, default=str)}"
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys and aliases (which can grow a short file without bound)."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            event = self.peek_event()
-            raise yaml.MarkedYAMLError(None, None, "aliases (*name) are not allowed; write it out", event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            try:
-                repeated = key in seen
-            except TypeError:
-                raise yaml.MarkedYAMLError(None, None, "a key must be plain text", key_node.start_mark) from None
-            if repeated:
-                raise yaml.MarkedYAMLError(None, None, f"key {key!r} stands here twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def parse(text: str, where: str) -> dict[str, Any]:
     """YAML text -> plain mapping; raises InputError with line and column."""
-    if len(text) > MAX_BYTES:
-        raise InputError(f"{where}: {len(text)} bytes; a manifest has at most {MAX_BYTES}", status=2)
-    try:
-        plain = yaml.load(text, Loader=_StrictLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        at = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise InputError(f"{where}:{at}: {error.problem or error.context}", status=2) from None
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
-        raise InputError(f"{where}: not readable as YAML: {str(error).splitlines()[0]}", status=2) from None
-    if not isinstance(plain, dict):
-        kind = "empty" if plain is None else f"a {type(plain).__name__}"
-        raise InputError(f"{where}: a manifest is a mapping of fields; this is {kind}", status=2)
-    return plain
-
-
-def _read(source: str) -> str:
-    try:
-        data = Path(source).read_bytes() if "://" not in source else storage.read_bytes(source)
-    except FileNotFoundError:
-        raise InputError(f"manifest {source}: there is no such file", status=2) from None
-    except OSError as error:
-        raise InputError(f"manifest {source}: {(error.strerror or str(error)).lower()}", status=2) from None
-    except ValueError as error:
-        raise InputError(f"manifest {source}: {error}", status=2) from None
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"manifest {source}: not UTF-8 text at byte {error.start}", status=2) from None
+    return strict_yaml.mapping(text, where, "a manifest is")
 
 
 def _set(plain: dict[str, Any], change: str) -> None:
@@ -632,8 +579,8 @@ def _set(plain: dict[str, Any], change: str) -> None:
     if not equals or not all(keys):
         raise InputError(f"--set {change!r}: write it as field=value, for example optimizer.lr=1e-4", status=2)
     try:
-        value = yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        value = strict_yaml.value(text)
+    except strict_yaml.UNREADABLE:
         raise InputError(f"--set {change!r}: {text!r} is not a YAML value", status=2) from None
     node: Any = plain
     for depth, key in enumerate(keys[:-1]):
@@ -685,7 +632,7 @@ def _item(node: list[Any], key: str, change: str) -> Any:
 
 def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
     """A line a fault, without those that only repeat a fault further down."""
-    faults = [(_path(fault["loc"], model), fault) for fault in error.errors(include_url=False)]
+    faults = [(_path(fault, model), fault) for fault in error.errors(include_url=False)]
     deeper = {tuple(path[:depth]) for path, _ in faults for depth in range(1, len(path))}
     lines: dict[str, str] = {}
     for path, fault in faults:

@@ -38,12 +38,14 @@ def test_all_faults_are_told_at_once(tmp_path):
     assert "\n  members: '../list.txt' must be a path inside the source" in message
     assert "\n  card.licence: 3: input should be a valid string" in message
     for text, expected in {
-        "- a": "is a mapping of fields; this is list",
-        "a: [": "not YAML",
-        "a: 2026-99-99": "not YAML",
+        "- a": "pack rules are a mapping of fields; this is a list",
+        "a: [": "line 1, column 5",
+        "a: 2026-99-99": "not readable as YAML",
+        "a: &a [1]\nb: *a": "aliases",
+        "frames: 1\nframes: 2": "key 'frames' stands here twice",
     }.items():
         file.write_text(text)
-        with pytest.raises(InputError, match=expected.replace("is a mapping", "are a mapping")):
+        with pytest.raises(InputError, match=expected):
             load_rules(str(file))
 
 

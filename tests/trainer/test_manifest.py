@@ -198,7 +198,7 @@ def test_the_schema_takes_every_manifest_and_refuses_what_no_manifest_has():
         ("a: !!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
         ("? [a]\n: 1\n", "a key must be plain text"),
         ("a: " + "[" * 3000, "not readable as YAML"),
-        ("x" * (2 << 20), "a manifest has at most"),
+        ("x" * (2 << 20), "the limit is 1048576"),
     ],
 )
 def test_hostile_yaml_is_refused_with_a_place(text, expected):
@@ -212,6 +212,8 @@ def test_files_that_can_not_be_read(tmp_path):
         manifests.load(tmp_path / "absent.yaml")
     with pytest.raises(InputError, match="directory"):
         manifests.load(tmp_path)
+    with pytest.raises(InputError, match="/dev/zero: more than 1048576 bytes"):
+        manifests.load("/dev/zero")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="not UTF-8 text at byte 0"):
         manifests.load(tmp_path / "binary.yaml")
