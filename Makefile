@@ -48,6 +48,7 @@ chaos: $(VENV)/.dev
 
 nightly: $(VENV)/.dev
 	@$(BIN)/python -m pytest -n 0 -m nightly $(TESTS)
+	@MOVIOLA_FUZZ=30 $(BIN)/python -m pytest tests/trainer/test_fuzz.py tests/cluster/test_any_submission.py
 
 BENCH := overhead telemetry checkpoint recovery simulate
 

@@ -33,8 +33,11 @@ IN_WORDS = {
     **dict.fromkeys(("model_type", "dict_type", "mapping_type"), "a mapping of fields belongs here"),
     **dict.fromkeys(("tuple_type", "list_type"), "a list belongs here"),
     "too_short": "give at least {min_length}",
+    "too_long": "give at most {max_length}",
 }
 """Faults that pydantic names in Python's terms, in YAML's."""
+BRANCH = re.compile(r"(int|float|str|bool)$|(tuple|constrained-\w+|literal|function-\w+|nullable|dict|list)\b|.*\[")
+"""What pydantic calls a branch of a union, in a fault's place."""
 GREATEST_BATCH, GREATEST_WORKERS = 1 << 20, 1 << 14
 DnsLabel = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$")]
 LabelKey = Annotated[
@@ -349,7 +352,7 @@ def load(source: str | Path, sets: Sequence[str] = (), *, name: str | None = Non
     ``source`` is a path or URL, ``sets`` are ``a.b=value`` with YAML values, ``name`` replaces the run's name. Raises
     InputError with every fault on a line of its own.
     """
-    text = _read(str(source))
+    text = strict_yaml.read(str(source), "manifest")
     plain = parse(text, str(source))
     for change in sets:
         _set(plain, change)
@@ -642,14 +645,15 @@ def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -
     return list(lines.values())
 
 
-def _path(loc: Sequence[int | str], model: type[BaseModel]) -> list[str]:
+def _path(fault: Any, model: type[BaseModel]) -> list[str]:
     """The fault's place as the user writes it: without the names that pydantic gives to branches of a union."""
     path: list[str] = []
     here = [model]
-    for part in map(str, loc):
+    *outer, last = map(str, fault["loc"] or [""])
+    for part in outer if fault["type"] == "extra_forbidden" else filter(None, (*outer, last)):
         fields = [kind.model_fields[part].annotation for kind in here if part in kind.model_fields]
         branch = not fields and len(here) > 1
-        if part.startswith(("tuple[", "constrained-", "literal[", "function-", "int", "str")) and not fields:
+        if BRANCH.match(part) and not fields:
             continue
         if branch:
             here = [kind for kind in here if _tagged(kind, part)] or here
@@ -658,7 +662,7 @@ def _path(loc: Sequence[int | str], model: type[BaseModel]) -> list[str]:
         path.append(part)
         if fields:
             here = [kind for annotation in fields for kind in _models_in(annotation)]
-    return path
+    return [*path, last] if fault["type"] == "extra_forbidden" else path
 
 
 def _tagged(kind: type[BaseModel], tag: str) -> bool:

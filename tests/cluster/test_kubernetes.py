@@ -1,13 +1,11 @@
 """What is rendered for KubeRay is what KubeRay takes: its published schema, its own rules, and ours."""
 
 import json
-import os
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import jsonschema
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -15,6 +13,7 @@ from hypothesis import strategies as st
 
 from cluster import kubernetes
 from pipelines.faults import InputError
+from tests.cluster.conftest import faults
 from trainer import manifest as manifests
 
 ROOT = Path(__file__).parents[2]
@@ -28,39 +27,6 @@ PLAIN = {
 }
 RUN = "s3://runs/small"
 ENVIRONMENT = {"MOVIOLA_S3_ENDPOINT": "https://store.example"}
-
-
-def strict(schema):
-    """The schema with unknown fields refused, as `kubectl --validate=strict` does; an API server just drops them."""
-    if isinstance(schema, list):
-        return [strict(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    schema = {key: strict(value) for key, value in schema.items()}
-    if "properties" in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):
-        schema.setdefault("additionalProperties", False)
-    return schema
-
-
-@pytest.fixture(scope="module")
-def crds():
-    """A judge for each kind, from KubeRay's published CRDs in the folder that MOVIOLA_CRD names."""
-    folder = Path(os.environ.get("MOVIOLA_CRD", ROOT / "../shared/crd"))
-    if not folder.is_dir():
-        pytest.skip(f"no custom resource definitions at {folder}; MOVIOLA_CRD names a folder of KubeRay's")
-    judges = {}
-    for kind in ("rayjobs", "rayclusters"):
-        with (folder / f"ray.io_{kind}.yaml").open() as text:
-            definition = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["spec"]
-        (version,) = (v for v in definition["versions"] if v["name"] == kubernetes.VERSION)
-        schema = strict(version["schema"]["openAPIV3Schema"])
-        schema["properties"]["metadata"] = {"type": "object"}
-        judges[definition["names"]["kind"]] = jsonschema.Draft202012Validator(schema)
-    return judges
-
-
-def faults(judge, resource):
-    return [f"{'.'.join(map(str, e.absolute_path))}: {e.message[:200]}" for e in judge.iter_errors(resource)]
 
 
 def rendered(**changes):

@@ -3,6 +3,7 @@
 MOVIOLA_FUZZ multiplies the number of cases: the nightly run takes thousands.
 """
 
+import copy
 import os
 import time
 from pathlib import Path
@@ -12,12 +13,17 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipelines import rules
 from pipelines.faults import InputError
 from trainer import manifest as manifests
 
 ROOT = Path(__file__).parents[2]
-TEXTS = [(ROOT / "manifests" / name).read_text() for name in ("demo.yaml", "arvae_16x16.yaml", "arvae_8x8_smoke.yaml")]
-PLAIN = yaml.safe_load(TEXTS[0])
+FILES = sorted((ROOT / "manifests").glob("*.yaml"))
+TEXTS = [path.read_text() for path in FILES]
+RULES = sorted((ROOT / "manifests/datasets").glob("*.yaml"))
+PLAIN = yaml.safe_load((ROOT / "manifests/demo.yaml").read_text())
+BY_RECIPE = {manifest.recipe: (path, manifest.resolved()) for path in FILES if (manifest := manifests.load(path))}
+"""One manifest of each recipe, and every field that it could have said."""
 SECONDS = 5.0
 """Of CPU, for one case."""
 cases = settings(
@@ -58,12 +64,18 @@ def leaves(value, path=()):
         yield from leaves(inner, (*path, key))
 
 
-def paths():
-    """Fields as --set writes them: those that a manifest has, those it may have, and what is no field."""
-    known = [".".join(map(str, path)) for path in leaves(PLAIN) if path]
-    known += list(manifests.RunManifest.model_fields)
+def at(value, path):
+    """What stands at a place of a plain manifest."""
+    for key in path:
+        value = value[key]
+    return value
+
+
+def paths(resolved):
+    """Fields as --set writes them: those that a manifest may have, and what is no field."""
+    known = [".".join(map(str, path)) for path in leaves(resolved) if path]
     of_a_stage = "clip.frames clip.stride supervise adversary.weight adversary.network.kind knobs.x batch image_share"
-    known += [f"stages.frames-3.{field}" for field in of_a_stage.split()]
+    known += [f"stages.{name}.{field}" for name in resolved["stages"] for field in of_a_stage.split()]
     known += [f"kubernetes.{field}" for field in manifests.KubernetesSpec.model_fields]
     known += ["kubernetes.tolerations.0.key", "data.train.0.weight", "workers.count.1", "name.x", "a..b", "", "."]
     return st.sampled_from(known) | st.text(max_size=12)
@@ -77,41 +89,57 @@ ODD = st.sampled_from(
     ["s3://", "s3://b/../x", "pipe:ls", "file:///etc/passwd", "\x00", "\ud800", "a" * 5000, "${HOME}", "{{x}}", "../..",
      "1e999", "0x10", "1:1:1", "2001-01-01", "=", "~", "!!python/object:os.system", "*a", "&a", "<<", "\u202e", "NaN"]
 )  # fmt: skip
+FAMILIAR = [value for _, plain in BY_RECIPE.values() for path in leaves(plain) if (value := at(plain, path)) != plain]
+"""What stands somewhere in a manifest: the right kind of value, at the wrong place."""
 VALUES = st.recursive(
     SCALARS | ODD,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8) | st.integers(), inner, max_size=4),
     max_leaves=8,
-)
-
-
-@cases
-@given(
-    st.lists(st.tuples(st.sampled_from([p for p in leaves(PLAIN) if p]), VALUES | st.none()), min_size=1, max_size=4)
-)
-def test_any_value_at_any_place(changes):
-    plain = yaml.safe_load(TEXTS[0])
-    for (*parents, leaf), value in changes:
-        node = plain
-        for key in parents:
-            try:
-                node = node[key]
-            except (KeyError, IndexError, TypeError):
-                break
-        if isinstance(node, dict) or (isinstance(node, list) and isinstance(leaf, int) and leaf < len(node)):
-            node[leaf] = value
-    accepted(judged(lambda: manifests.validate(plain, "m.yaml")))
-
-
-@cases
-@given(st.lists(paths() | st.builds("{}={}".format, paths(), VALUES.map(str) | ODD), min_size=1, max_size=3))
-def test_any_set(sets):
-    accepted(judged(lambda: manifests.load(ROOT / "manifests/demo.yaml", sets)))
+) | st.sampled_from(FAMILIAR)
 
 
 @st.composite
-def mangled(draw):
-    """A real manifest with lines that are cut, doubled, moved, indented, or pieces of YAML in between."""
-    lines = draw(st.sampled_from(TEXTS)).splitlines()
+def changed(draw):
+    """A recipe's manifest, short or with every field, with up to four places of it changed."""
+    path, resolved = BY_RECIPE[draw(st.sampled_from(sorted(BY_RECIPE)))]
+    plain = copy.deepcopy(draw(st.sampled_from([resolved, yaml.safe_load(path.read_text())])))
+    for _ in range(draw(st.integers(1, 4))):
+        (*parents, leaf) = draw(st.sampled_from([place for place in leaves(plain) if place]))
+        node = at(plain, parents)
+        if draw(st.integers(0, 9)):
+            node[leaf] = copy.deepcopy(draw(VALUES))
+        else:
+            del node[leaf]
+    return plain
+
+
+@cases
+@given(changed())
+def test_any_value_at_any_place(plain):
+    accepted(judged(lambda: manifests.validate(plain, "m.yaml")))
+
+
+@st.composite
+def settings_of(draw):
+    """A recipe's manifest, and --set of anything."""
+    path, resolved = BY_RECIPE[draw(st.sampled_from(sorted(BY_RECIPE)))]
+    fields = paths(resolved)
+    return path, draw(
+        st.lists(fields | st.builds("{}={}".format, fields, VALUES.map(str) | ODD), min_size=1, max_size=3)
+    )
+
+
+@cases
+@given(settings_of())
+def test_any_set(given_):
+    path, sets = given_
+    accepted(judged(lambda: manifests.load(path, sets)))
+
+
+@st.composite
+def mangled(draw, texts):
+    """A real file with lines that are cut, doubled, moved, indented, or pieces of YAML in between."""
+    lines = draw(st.sampled_from(texts)).splitlines()
     for _ in range(draw(st.integers(1, 4))):
         i = draw(st.integers(0, len(lines) - 1))
         match draw(st.integers(0, 6)):
@@ -136,9 +164,20 @@ def mangled(draw):
 
 
 @cases
-@given(mangled() | st.text(max_size=200))
+@given(mangled(TEXTS) | st.text(max_size=200))
 def test_any_text(text):
     accepted(judged(lambda: manifests.validate(manifests.parse(text, "m.yaml"), "m.yaml")))
+
+
+@cases
+@given(
+    text=mangled([path.read_text() for path in RULES]) | st.text(max_size=200),
+    sets=st.lists(st.text(max_size=30), max_size=2),
+)
+def test_any_rules(tmp_path, text, sets):
+    file = tmp_path / "rules.yaml"
+    file.write_bytes(text.encode(errors="surrogatepass"))
+    judged(lambda: rules.load_rules(str(file), sets))
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

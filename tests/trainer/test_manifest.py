@@ -97,6 +97,9 @@ def test_a_fault_is_told_in_the_terms_of_the_file():
     assert "data.train: []: give at least 1" in _faults(_with(data={"train": []}))
     assert "optimizer.betas.0: 2: input should be less than 1" in _faults(_with(optimizer={"betas": [2, 0]}))
     assert "clip: 3: a mapping of fields belongs here" in _faults(_with(clip=3))
+    text = _faults(_with(workers={"count": [1, 2, 3]}, str=1, data={"train": "a", "internal": 1}))
+    assert "workers.count: [1, 2, 3]: input should be a valid integer, or give at most 2" in text
+    assert "\n  str: no such field" in text and "\n  data.internal: no such field" in text
 
 
 def test_faults_that_only_show_together():
