@@ -3,11 +3,12 @@
     python -m benchmarks.telemetry [--blocks 40] [--hardware 2cpu]
 
 One process trains the demo's model (stage frames-3, 4 clips of 64x64). Steps come in pairs: one with telemetry as in a
-run (counted and traced, one step in ten logged, the default; metrics served to a scraper in another process), one
-without any; which comes first is drawn. Ten pairs make a block, with one logged step in it. The cost is the median
-over blocks of the difference of their halves, over the median half without, and its 95% interval from the order
-statistics of the differences. Beside it, what the training thread spends in the calls themselves, with no difference of
-noisy numbers. Scrapes come each second, fifteen times as often as usual, and only in steps with telemetry.
+run (counted, traced, its ledger kept, one step in ten logged, the default; metrics served to a scraper in another
+process), one without any; which comes first is drawn. Ten pairs make a block, with one logged step in it. The cost is
+the median over blocks of the difference of their halves, over the median half without, and its 95% interval from the
+order statistics of the differences. Beside it, what the training thread spends in the calls themselves, with no
+difference of noisy numbers. Scrapes come each second, fifteen times as often as usual, and only in steps with
+telemetry.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ def measure(blocks: int, folder: str) -> dict[str, list[float]]:
                     record = {"step": step, "stage": stage.name, **means, "lr": spec.lr, "grad_norm": norm}
                     record |= {"epochs": clips.epochs(manifest.schedule.plan(step)), "clips_per_second": 1.0}
                     telemetry.log({**record, "seconds_per_pixel": 1e-9}, summed, ledger, clips.metrics)
+                telemetry.alive(step + 1, ledger)
                 spent = time.perf_counter() - before
             block["with" if told else "without"] += time.perf_counter() - began
             block["calls"] += spent

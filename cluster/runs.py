@@ -14,7 +14,7 @@ from pipelines import storage
 from trainer import checkpoint
 from trainer.metrics import seconds_left
 from trainer.run import load
-from trainer.telemetry import goodput, read_lines
+from trainer.telemetry import goodput, heard_last, read_lines
 
 State = Literal["new", "waiting", "running", "stopped", "done", "failed", "silent"]
 """``waiting``: a cluster has it and has not begun; ``silent``: not heard of for a while, or its process is gone."""
@@ -65,11 +65,15 @@ def status(run_url: str) -> Status:
     """Read from storage alone, so that it answers when the cluster is gone. Raises InputError when there is no run."""
     run = load(run_url)
     assert run is not None
-    happened, logged = events(run_url), metrics(run_url, tail_bytes=1 << 16)
+    happened = events(run_url)
+    logged = sorted(metrics(run_url, tail_bytes=1 << 16), key=lambda line: line["time"])  # not what an attempt lost
     last = logged[-1] if logged else None
     starts = [e for e in happened if e["event"] == "start"]
     ends = [e for e in happened if e["event"] in ("done", "stopped", "failed", *BEGINNINGS)]
-    heard = max([e["time"] for e in happened] + ([last["time"]] if last else []), default=0.0)
+    alive = heard_last(run_url, happened)
+    ledgers = [e["ledger"] for e in (*happened, *logged[-1:], alive or {}) if "ledger" in e]
+    ledger = max(ledgers, key=lambda state: state["time"], default=None)
+    heard = max((e["time"] for e in (*happened, *logged[-1:], *ledgers)), default=0.0)
     state: State = "new"
     if ends:
         state = "running" if ends[-1]["event"] in BEGINNINGS else ends[-1]["event"]
@@ -81,12 +85,14 @@ def status(run_url: str) -> Status:
     causes: dict[str, int] = {}
     for death in deaths:
         causes[death["cause"]] = causes.get(death["cause"], 0) + 1
-    step = ends[-1].get("step", 0) if state in ("done", "stopped") else (last["step"] + 1 if last else 0)
+    trained = last["step"] + 1 if last else 0
+    if alive and alive["ledger"] is ledger:  # newer than what was logged
+        trained = alive["step"]
+    step = ends[-1].get("step", 0) if state in ("done", "stopped") else trained
     schedule = run.schedule
     left = None
     if last and state == "running":
         left = seconds_left(schedule, logged)
-    ledger = _newest_ledger(happened, last)
     return Status(
         name=run.name,
         state=state,
@@ -178,11 +184,6 @@ def gone(happened: list[dict[str, Any]]) -> bool:
     except PermissionError:  # it lives, as another user
         pass
     return False
-
-
-def _newest_ledger(happened: list[dict[str, Any]], last: dict[str, Any] | None) -> dict[str, Any] | None:
-    states = [e["ledger"] for e in happened if "ledger" in e] + ([last["ledger"]] if last else [])
-    return max(states, key=lambda state: state["time"], default=None)
 
 
 def names(runs: str) -> list[str]:

@@ -35,7 +35,7 @@ from trainer.heartbeat import STEP, Heartbeat
 from trainer.manifest import LEAVE_SECONDS, RunManifest
 from trainer.run import is_done, models_of
 from trainer.signals import Signals
-from trainer.telemetry import Ledger, Telemetry, read_lines
+from trainer.telemetry import Ledger, Telemetry, heard_last, read_lines
 
 Outcome = Literal["done", "stopped"]
 
@@ -185,6 +185,7 @@ def _train(
 
     def pace() -> None:
         """Ends an evaluation where the run shall end, or a machine goes."""
+        telemetry.alive(done, ledger)
         now = signals.agreed(margin())
         if now.stop or now.leave:
             raise _Interrupted
@@ -248,6 +249,7 @@ def _train(
                 record["seconds_per_pixel"] = (now - since) / (schedule.work(done) - schedule.work(since_step))
                 since, since_place, since_step = now, place, done
                 telemetry.log(record, summed, ledger, clips.metrics)
+            telemetry.alive(done, ledger)
             seconds = max(seconds, time.monotonic() - began)
             wish = signals.agreed(margin())
             owed = exam is not None and (done % exam.every_steps == 0 or done == schedule.steps)
@@ -333,7 +335,7 @@ def _before(run_url: str) -> tuple[Ledger, dict[str, Any]]:
     """Goes on with the run's ledger and counters where the last attempt, or the last command, left them."""
     lines = read_lines(storage.join(run_url, "metrics.jsonl"), tail_bytes=1 << 16)
     events = read_lines(storage.join(run_url, "events.jsonl"))
-    states = [line["ledger"] for line in (*lines, *events) if "ledger" in line]
+    states = [line["ledger"] for line in (*lines, *events, heard_last(run_url, events) or {}) if "ledger" in line]
     launches = [event["time"] for event in events if event["event"] == "launch"]
     if launches:  # also of commands that died before they trained a step
         states.append({"start": min(launches), "time": min(launches), "seconds": {}, "uncommitted": 0, "stopped": True})

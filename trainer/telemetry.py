@@ -139,12 +139,14 @@ class Appender:
     """Grows text files of a run without holding up the training thread.
 
     Files on this machine's disks are written at once, so that a killed process loses no line. For an object store the
-    lines wait for a background thread, which writes them every ``interval`` seconds and at ``flush``.
+    lines wait for a background thread, which writes them every ``interval`` seconds and at ``flush``. What only the
+    newest of matters (:meth:`latest`) is always that thread's: each second on disk, every ``interval`` elsewhere.
     """
 
     def __init__(self, interval: float = 5.0) -> None:
         self._interval = interval
         self._lines: dict[str, list[str]] = {}
+        self._latest: dict[str, Mapping[str, Any]] = {}
         self._written: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._writing = threading.Lock()
@@ -169,18 +171,32 @@ class Appender:
             self._lines.setdefault(url, []).append(text)
             if written is not None:
                 self._written.append(written)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="appender", daemon=True)
-                self._thread.start()
+            self._start(url)
+
+    def latest(self, url: str, record: Mapping[str, Any]) -> None:
+        """Puts ``record`` in the place of the one before it, soon; what storage refuses is left out."""
+        with self._lock:
+            self._latest[url] = record
+            self._start(url)
+
+    def _start(self, url: str) -> None:
+        if self._thread is None:
+            self._interval = self._interval if storage.is_remote(url) else min(1.0, self._interval)
+            self._thread = threading.Thread(target=self._run, name="appender", daemon=True)
+            self._thread.start()
 
     def flush(self) -> None:
         """Writes what is waiting, in the caller's thread."""
         with self._writing:
             with self._lock:
                 waiting, self._lines = self._lines, {}
+                latest, self._latest = self._latest, {}
                 written, self._written = self._written, []
             for url, lines in waiting.items():
                 storage.append_text(url, "".join(lines))
+            for url, record in latest.items():
+                with contextlib.suppress(InputError):
+                    storage.write_json(url, _plain(record))
             for call in written:
                 call()
 
@@ -290,6 +306,12 @@ class Telemetry:
         self._counts.commits += 1
         self.event("commit", step=step, bytes=size, seconds=dict(phases or {}), ledger=ledger.state())
 
+    def alive(self, done: int, ledger: Ledger) -> None:
+        """Notes that ``done`` steps are trained: where the attempt dies before it logs again, they were lost work."""
+        if self.rank == 0:
+            record = {"attempt": self.attempt, "step": done, "ledger": ledger.state()}
+            self._appender.latest(storage.join(self.run_url, "ledger.json"), record)
+
     def evaluated(self, step: int, values: Mapping[str, Any], views: Sequence[Views]) -> None:
         """Notes what was measured on the weights of ``step`` optimizer steps, and shows some of its clips."""
         named = (*EVALUATED, "lpips_backbone", "clips")
@@ -369,6 +391,15 @@ def reachable(bind: str) -> str:
         probe.connect(("192.0.2.1", 9))  # sends nothing; picks the interface that leads outside
         return probe.getsockname()[0]
     return socket.gethostname()
+
+
+def heard_last(run_url: str, happened: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What :meth:`Telemetry.alive` noted last, if the newest attempt did; ``happened`` are the run's events."""
+    attempt = max((event["attempt"] for event in happened if event["event"] == "start"), default=0)
+    with contextlib.suppress(storage.Missing, ValueError):
+        record = json.loads(storage.read_bytes(storage.join(run_url, "ledger.json")))
+        return record if record["attempt"] == attempt else None
+    return None
 
 
 def read_lines(url: str, tail_bytes: int | None = None) -> list[dict[str, Any]]:

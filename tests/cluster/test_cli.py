@@ -194,6 +194,9 @@ def test_the_state_follows_the_newest_event(moviola, run_url, monkeypatch):
     assert (state()["state"], state()["failure"]) == ("running", None)
     _event(run_url, "start", from_step=0, world=1, workers=[])
     assert moviola("stop", "small")[0] == 0 and (Path(run_url) / "stop.json").exists()
+    seconds = {"start": 0.0, "time": time.time(), "seconds": {"productive": 3.0}, "uncommitted": 1.0, "stopped": False}
+    storage.write_json(storage.join(run_url, "ledger.json"), {"attempt": 1, "step": 4, "ledger": seconds})
+    assert (state()["step"], state()["ledger"]["uncommitted"]) == (4, 1.0), "steps that are not logged yet are known"
     monkeypatch.setattr(runs, "SILENT_SECONDS", -1.0)
     assert state()["state"] == "silent"
     assert "nothing is heard of small" in moviola("stop", "small")[2]

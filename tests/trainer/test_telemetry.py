@@ -14,7 +14,7 @@ from pipelines.contracts import Batch, BatchPlan, ClipRule, Source
 from pipelines.loader import LoaderMetrics
 from trainer import loop, manifest
 from trainer.metrics import Histogram, RunMetrics, seconds_left
-from trainer.telemetry import CAUSES, Appender, Ledger, Telemetry, goodput, read_lines
+from trainer.telemetry import CAUSES, Appender, Ledger, Telemetry, goodput, heard_last, read_lines
 
 
 class Clock:
@@ -88,6 +88,28 @@ def test_what_died_before_its_first_step_is_accounted_for_too(tmp_path):
     note("launch", 30)
     seconds = loop._before(str(tmp_path))[0].state()["seconds"]
     assert (seconds["idle"], seconds["startup"]) == (pytest.approx(70, abs=1), pytest.approx(30, abs=1))
+
+
+def test_steps_after_the_last_logged_one_are_lost_with_the_attempt_and_no_time_of_detecting_its_death(run):
+    made, url = run
+    clock = Clock()
+    began = clock.now = time.time() - 100
+    telemetry = Telemetry(made, url, attempt=2)
+    telemetry.event("start", from_step=0, world=1, workers=[], launch=None)
+    ledger = Ledger(launched=began, clock=clock)
+    for step in range(3):
+        ledger.enter("productive")
+        clock.now += 10
+        ledger.trained(step)
+        telemetry.alive(step + 1, ledger)
+    telemetry.close()
+    with open(f"{url}/events.jsonl", "a") as log:
+        log.write(json.dumps({"time": clock.now + 5, "event": "restart", "attempt": 0}) + "\n")
+    seconds = loop._before(url)[0].state()["seconds"]
+    assert (seconds["lost"], seconds["recovery_detect"]) == (pytest.approx(30), pytest.approx(5))
+    with open(f"{url}/events.jsonl", "a") as log:
+        log.write(json.dumps({"time": clock.now + 6, "event": "start", "attempt": 3}) + "\n")
+    assert heard_last(url, read_lines(f"{url}/events.jsonl")) is None, "it is of an attempt that is over"
 
 
 def test_log_lines_keep_full_precision_and_survive_nan(tmp_path):
