@@ -166,6 +166,7 @@ class RunMetrics(Collector):
         self._evaluation: Mapping[str, Any] | None = None
         self._commit: Mapping[str, Any] | None = None
         self._start: Mapping[str, Any] | None = None
+        self._launched: float | None = None
         self._state = "new"
         self._diverged = False
         self._restarts: dict[str, int] = {"killed": 0, "preempted": 0, "error": 0}
@@ -175,6 +176,8 @@ class RunMetrics(Collector):
         with self._lock:
             for event in events:
                 kind = event["event"]
+                if kind == "launch":
+                    self._launched = event["time"]
                 if kind in ("launch", "start"):
                     self._state, self._diverged = "running", False
                 self._diverged = self._diverged or kind == "diverged"
@@ -217,6 +220,8 @@ class RunMetrics(Collector):
         made.gauge("diverged", "1 where a loss or gradient was not finite; the run ended with it.", diverged)
         for cause, count in restarts.items():
             made.counter("restarts", "Restarts of the worker group, by cause.", count, cause=cause)
+        text = "When the command was given that runs it."
+        made.gauge("launch_timestamp_seconds", text, self._launched)
         made.gauge("planned_steps", "Optimizer steps that the manifest asks for.", run.schedule.steps)
         if start is not None:
             made.gauge("attempt", "Number of this attempt; 1 is the first.", start["attempt"])
