@@ -28,7 +28,7 @@ from cluster import runs
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "cluster/alerts/moviola.yaml"
-STEPS = {"motion": 5, "static": 15, "dynamic": 180}
+STEPS = {"motion": 5, "static": 15, "dynamic": 100}
 LOSSES = {"l1": 1, "lpips": 0, "kl": 1e-6, "dwt_low": 0.1, "dwt_high": 0.1}
 RUN = {
     "name": "watched",
