@@ -64,7 +64,7 @@ def render(manifest: RunManifest, run_url: str, launch: str, environment: Mappin
         **({"MOVIOLA_CLUSTER_GROWS": "1"} if grows else {}),
         **environment,
     }
-    ports = {"moviola": METRICS_PORT, "metrics": RAY_METRICS_PORT}
+    ports = {"moviola": manifest.telemetry.port or METRICS_PORT, "metrics": RAY_METRICS_PORT}
     queue = {} if spec.queue is None else {"kueue.x-k8s.io/queue-name": spec.queue}
     cluster: dict[str, Any] = {
         "rayVersion": version("ray"),
@@ -118,7 +118,8 @@ def _workers(
 ) -> dict[str, Any]:
     workers, each = manifest.workers, spec.workers_per_pod
     cpus, gpus = workers.cpus * each, round(workers.gpus * each)
-    ports = {f"moviola-{rank}": METRICS_PORT + 1 + rank for rank in range(each)} | {"metrics": RAY_METRICS_PORT}
+    first = (manifest.telemetry.port or METRICS_PORT) + 1
+    ports = {f"moviola-{rank}": first + rank for rank in range(each)} | {"metrics": RAY_METRICS_PORT}
     pod = _pod(spec, "ray-worker", labels, variables, cpus, spec.memory_gb, gpus=gpus, ports=ports)
     taints = [{"key": key, "operator": "Equal", "value": value} for key, value in SPOT_TAINTS if spec.spot]
     taints += [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}] if gpus else []

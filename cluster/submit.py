@@ -280,9 +280,8 @@ def _existing(path: str) -> Path:
 def _scraped(manifest: RunManifest) -> RunManifest:
     """With metrics on the pod's network, at a known port, where they would be on loopback: a PodMonitor reads them."""
     telemetry = manifest.telemetry
-    if (telemetry.bind, telemetry.port) != ("127.0.0.1", 0):
-        return manifest
-    pod = telemetry.model_copy(update={"bind": "0.0.0.0", "port": kubernetes.METRICS_PORT})
+    bind = "0.0.0.0" if _loopback(telemetry.bind) else telemetry.bind
+    pod = telemetry.model_copy(update={"bind": bind, "port": telemetry.port or kubernetes.METRICS_PORT})
     return manifest.model_copy(update={"telemetry": pod})
 
 

@@ -141,6 +141,14 @@ def test_every_manifest_can_be_a_rayjob(crds, path):
     assert faults(crds["RayJob"], json.loads(json.dumps(job))) == []
 
 
+def test_metrics_are_where_the_manifest_says(crds):
+    _, job = rendered(telemetry={"port": 9000})
+    named = {
+        port["name"]: port["containerPort"] for pod in pods(job).values() for port in container(pod).get("ports", [])
+    }
+    assert (named["moviola"], named["moviola-0"]) == (9000, 9001)
+
+
 def test_no_key_of_this_machine_is_in_a_rayjob(monkeypatch):
     from cluster import submit
 
