@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 import threading
@@ -24,7 +25,7 @@ from pipelines import storage
 from pipelines.faults import InputError
 from trainer.manifest import RunManifest
 from trainer.metrics import RunMetrics
-from trainer.telemetry import reachable, read_lines
+from trainer.telemetry import reachable, read_lines, unbound
 
 WATCHED_SECONDS = 120.0
 """Who has asked for the targets so lately counts as watching."""
@@ -41,9 +42,9 @@ class Service:
         handler = type("Handler", (_Handler,), {"service": self})
         try:
             self._server = _Server((bind, port), handler)
-        except OSError:
-            if not port:
-                raise
+        except OSError as error:
+            if not port or error.errno != errno.EADDRINUSE:
+                raise unbound(bind, error) from None
             self._server = _Server((bind, 0), handler)
         self.address = f"{reachable(bind)}:{self._server.server_port}"
         """host:port under which others reach it."""

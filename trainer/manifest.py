@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import ipaddress
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from pipelines import index, storage, strict_yaml
 from pipelines.contracts import PositiveInt
@@ -129,6 +130,15 @@ class WorkerSpec(_Part):
         """Most workers that the run takes."""
         return self.count if isinstance(self.count, int) else self.count[1]
 
+    @field_validator("gpus", "cpus")
+    @classmethod
+    def _dealt(cls, amount: float, info: ValidationInfo) -> float:
+        if round(amount, 4) != amount:
+            raise ValueError("give at most four decimals: Ray deals out no less than ten-thousandths")
+        if info.field_name == "gpus" and amount > 1 and amount % 1:
+            raise ValueError("a worker has a part of one GPU, or whole ones")
+        return amount
+
     @field_validator("count")
     @classmethod
     def _ordered(cls, count: int | tuple[int, int]) -> int | tuple[int, int]:
@@ -166,11 +176,21 @@ class TelemetrySpec(_Part):
     """What a run says of itself."""
 
     log_every: PositiveInt = Field(10, description="Steps between lines of metrics.jsonl.")
-    bind: str = Field("127.0.0.1", description="Address that metrics are served on.")
+    bind: str = Field("127.0.0.1", description="Address that metrics are served on; 0.0.0.0 means all of a machine.")
     port: Annotated[int, Field(ge=0, le=65000)] = Field(
         0, description="Port of the run's own address; local rank n takes port + 1 + n. 0 takes free ones."
     )
     tensorboard: bool = True
+
+    @field_validator("bind")
+    @classmethod
+    def _address(cls, bind: str) -> str:
+        with contextlib.suppress(ValueError):
+            ipaddress.IPv4Address(bind)
+            return bind
+        if bind != "localhost":
+            raise ValueError("an IPv4 address of this machine belongs here: 127.0.0.1, or 0.0.0.0 for all of them")
+        return bind
 
 
 class Toleration(_Part):
@@ -385,12 +405,26 @@ def validate(plain: Mapping[str, Any], where: str) -> RunManifest:
         faults += _recipe_faults(plain["recipe"], plain)
     if manifest is not None:
         faults += _joint(manifest)
+    if manifest is not None and not faults:
+        faults += _switches(plain, manifest.resolved())
     if faults:
         listing = "\n  ".join(faults)
         count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
         raise InputError(f"{where}: {count} in the manifest:\n  {listing}", status=2)
     assert manifest is not None
     return manifest
+
+
+def _switches(said: Any, made: Any, place: str = "") -> Iterator[str]:
+    """Yes and no where a number belongs. YAML has six words for each, and Python takes them for 1 and 0."""
+    if isinstance(said, bool) and type(made) in (int, float):
+        yield f"{place}: {json.dumps(said)}: a number belongs here; yes, no, on and off are none"
+    elif isinstance(said, Mapping) and isinstance(made, Mapping):
+        for key in said.keys() & made.keys():
+            yield from _switches(said[key], made[key], f"{place}.{key}" if place else str(key))
+    elif isinstance(said, list) and isinstance(made, list) and len(said) == len(made):
+        for index, (inner, outer) in enumerate(zip(said, made, strict=True)):
+            yield from _switches(inner, outer, f"{place}.{index}")
 
 
 def _recipe_faults(name: str, plain: Mapping[str, Any]) -> list[str]:

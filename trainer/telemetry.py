@@ -7,6 +7,7 @@ grow by ``storage.append_text`` from a background thread, never from the trainin
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -259,8 +260,8 @@ class Telemetry:
         try:
             self._server, self._thread = start_http_server(wanted, addr=bind, registry=registry)
         except OSError as error:
-            if not wanted:
-                raise
+            if not wanted or error.errno != errno.EADDRINUSE:
+                raise unbound(bind, error) from None
             self._server, self._thread = start_http_server(0, addr=bind, registry=registry)
             self.event("warning", message=f"rank {rank} can't serve its metrics on port {wanted}: {error.strerror}")
         self.address = f"{reachable(bind)}:{self._server.server_port}"
@@ -381,6 +382,15 @@ class Telemetry:
                 self._board.close()
             self._server.shutdown()
             self._server.server_close()
+
+
+def unbound(bind: str, error: OSError) -> InputError:
+    """What a user is told where metrics can't be served on that address."""
+    return InputError(
+        f"telemetry.bind: {bind}: {socket.gethostname()} can't serve there: {(error.strerror or str(error)).lower()}. "
+        "Use 127.0.0.1, or 0.0.0.0 where other machines shall see it",
+        status=2,
+    )
 
 
 def reachable(bind: str) -> str:

@@ -102,6 +102,20 @@ def test_a_fault_is_told_in_the_terms_of_the_file():
     assert "\n  str: no such field" in text and "\n  data.internal: no such field" in text
 
 
+def test_yes_and_no_are_no_numbers():
+    text = _faults(_with(failure={"max_preemptions": False}, stages={"frames-3": {"clip": {"stride": [True, 2]}}}))
+    assert "failure.max_preemptions: false: a number belongs here; yes, no, on and off are none" in text
+    assert "stages.frames-3.clip.stride.0: true: a number" in text and "2 faults" in text
+
+
+def test_what_ray_can_not_deal_out_and_what_no_machine_can_serve():
+    text = _faults(_with(workers={"count": 2, "gpus": 1.5, "cpus": 0.00001}, telemetry={"bind": "my-host"}))
+    assert "workers.gpus: 1.5: a worker has a part of one GPU, or whole ones" in text
+    assert "workers.cpus: 1e-05: give at most four decimals" in text
+    assert 'telemetry.bind: "my-host": an IPv4 address of this machine belongs here' in text
+    manifests.validate(_with(workers={"count": 2, "gpus": 0.5, "cpus": 3.7}, telemetry={"bind": "localhost"}), "m")
+
+
 def test_faults_that_only_show_together():
     text = _faults(
         _with(

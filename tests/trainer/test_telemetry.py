@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pipelines.contracts import Batch, BatchPlan, ClipRule, Source
+from pipelines.faults import InputError
 from pipelines.loader import LoaderMetrics
 from trainer import loop, manifest
 from trainer.metrics import Histogram, RunMetrics, seconds_left
@@ -229,6 +230,13 @@ def test_a_rank_under_a_launcher_serves_its_own_gauges_alone(run):
         telemetry.close()
     assert names == {"moviola_rank_step", "moviola_skip_budget_ratio", "moviola_memory_bytes"}
     assert telemetry.address.startswith("127.0.0.1:")
+
+
+def test_an_address_of_another_machine_is_told(run):
+    made, url = run
+    made = made.model_copy(update={"telemetry": made.telemetry.model_copy(update={"bind": "192.0.2.7", "port": 9464})})
+    with pytest.raises(InputError, match=r"telemetry\.bind: 192\.0\.2\.7: \S+ can't serve there: cannot assign"):
+        Telemetry(made, url)
 
 
 def test_a_port_that_is_taken_is_said_and_another_one_found(run):
