@@ -278,7 +278,12 @@ def list_runs(runs: Runs = "./runs", as_json: Json = False) -> None:
     from cluster import runs as known
     from trainer import run
 
-    found = [known.status(run.url_of(runs, name)) for name in known.names(runs)]
+    found = []
+    for name in known.names(runs):
+        try:
+            found.append(known.status(run.url_of(runs, name)))
+        except InputError as error:
+            _warn(f"{name} is left out: {error}")
     if as_json:
         out.print_json(data={"runs": [dataclasses.asdict(status) for status in found]})
         return

@@ -154,7 +154,7 @@ def _pin_weights(url: str, before: str | None) -> str:
 def load(run_url: str, *, missing_ok: bool = False) -> RunManifest | None:
     """The manifest that a run was started with; raises InputError when there is no such run."""
     try:
-        text = storage.read_bytes(storage.join(run_url, "manifest.yaml")).decode()
+        text = storage.read_bytes(storage.join(run_url, "manifest.yaml")).decode(errors="replace")
     except storage.Missing:
         if missing_ok:
             return None

@@ -169,7 +169,11 @@ def test_a_run_is_found_by_its_name_and_by_its_path(moviola, run_url):
     status, out, _ = moviola("list", "--json")
     assert status == 0 and [state["name"] for state in json.loads(out)["runs"]] == ["small"]
     os.symlink("nowhere", Path(run_url).parent / "dangling")
-    assert "small" in moviola("list")[1]
+    torn = Path(run_url).parent / "torn"
+    torn.mkdir()
+    (torn / "manifest.yaml").write_text("name: torn\nrecipe: [")
+    status, out, err = moviola("list")
+    assert status == 0 and "small" in out and "warning: torn is left out:" in err
 
 
 def test_the_state_follows_the_newest_event(moviola, run_url, monkeypatch):
