@@ -86,9 +86,9 @@ class PackRules(BaseModel):
     crop: Literal["center", "random"] = Field("center", description="Where the crop of `size` lies.")
     upscale: bool = Field(False, description="Whether footage smaller than `size` or `short_side` is enlarged.")
     encode: Literal["h264", "copy"] = Field("h264", description="Re-encode, or copy the stream between keyframes.")
-    crf: int = Field(19, ge=0, le=51, description="x264's constant rate factor: lower is better and larger.")
+    crf: int = Field(20, ge=0, le=51, description="x264's constant rate factor: lower is better and larger.")
     keyframes: Positive = Field(
-        12, description="Frames between keyframes: fewer decode faster at random, and weigh more."
+        16, description="Frames between keyframes: fewer decode faster at random, and weigh more."
     )
     preset: Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow"] = "medium"
     shard_clips: Positive = Field(10_000, description="At most so many clips in a shard.")
