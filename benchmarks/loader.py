@@ -129,13 +129,19 @@ def members(url: str) -> dict[str, bytes]:
 
 
 def run(name: str, config: dict[str, Any], python: str = sys.executable) -> dict[str, Any]:
-    """One reader in a fresh process."""
+    """One reader in a fresh process. Where it fails, it is tried again, twice; ``failed`` of the result counts that."""
     command = [python, str(HERE / "readers.py"), name, json.dumps(config)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=_environment())
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or (not lines and name != "write_mds"):
-        raise RuntimeError(f"{name}: {done.stderr[-1500:]}")
-    return json.loads(lines[-1]) if lines else {}
+    for failed in range(3):
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=_environment())
+        except subprocess.TimeoutExpired:
+            said = "nothing within 120 s"
+            continue
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        if not done.returncode and (lines or name == "write_mds"):
+            return {**(json.loads(lines[-1]) if lines else {}), "failed": failed}
+        said = done.stderr[-1500:]
+    raise RuntimeError(f"{name}: {said}")
 
 
 def _environment() -> dict[str, str]:
@@ -410,6 +416,9 @@ def report(
             f"| {key[0]} | {key[1]} | {spread([one['first_batch_s'] for one in rounds[key]])} | "
             f"{spread(rates(*key), 0)} | {bound} | {busy} | {spread(cpu(*key))} | {spread(beyond(*key))} |"
         )
+    for (label, workers), found in rounds.items():
+        if failures := sum(one.get("failed", 0) for one in found):
+            lines += ["", f"{label} with {workers} workers failed {failures} times, and was run again."]
     lines += [
         "",
         "## What packing buys",
