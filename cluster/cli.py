@@ -95,17 +95,46 @@ def train(
 
     Ctrl-C or SIGTERM commits a checkpoint and ends with status 75.
     """
-    from cluster import launch
-    from trainer import manifest as manifests
-    from trainer import run
 
-    wanted = manifests.load(manifest, sets or [], name=name)
+    def wanted() -> tuple[Any, str]:
+        from trainer import manifest as manifests
+
+        return manifests.load(manifest, sets or [], name=name), runs
+
     if dry_run:
-        _dry_run(wanted, as_json)
-        return
-    claimed, run_url = run.claim(wanted, runs)
-    err.print(f"run {claimed.name} in {storage.redact(run_url)}")
-    _finish(launch.foreground(claimed, run_url, err), claimed.name, run_url, _again(), as_json)
+        _dry_run(wanted()[0], as_json)
+    else:
+        _train(wanted, as_json)
+
+
+def _train(find: Callable[[], tuple[Any, str]], as_json: bool) -> None:
+    """Trains what ``find`` gives, in its folder of runs. A signal is answered once it is known which run it is."""
+    asked: list[int] = []
+
+    def hear(number: int, frame: Any) -> None:
+        asked.append(number)
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+        err.print(f"{signal.Signals(number).name}: stopping before it begins …")
+
+    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        from cluster import launch
+        from trainer import run as folder
+
+        wanted, runs = find()
+        if not asked:
+            wanted, run_url = folder.claim(wanted, runs)
+            err.print(f"run {wanted.name} in {storage.redact(run_url)}")
+            outcome = launch.foreground(wanted, run_url, err, asked=asked)
+        elif folder.load(run_url := folder.url_of(runs, wanted.name), missing_ok=True) is None:
+            raise KeyboardInterrupt
+        else:
+            outcome = "stopped"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    _finish(outcome, wanted.name, run_url, _again(), as_json)
 
 
 @app.command()
@@ -201,18 +230,19 @@ def resume(
     as_json: Json = False,
 ) -> None:
     """Go on with a run from its newest committed checkpoint; `--set workers.count=N` at another world size."""
-    from cluster import launch
-    from trainer import manifest as manifests
-    from trainer import run as folder
 
-    runs, run, run_url = _run(run, runs)
-    folder.load(run_url)
-    wanted = manifests.load(storage.join(run_url, "manifest.yaml"), sets or [], name=run)
-    if cluster is not None:
-        _submit(wanted, runs, cluster, follow, as_json)
-        return
-    claimed, run_url = folder.claim(wanted, runs)
-    _finish(launch.foreground(claimed, run_url, err), run, run_url, _again(), as_json)
+    def wanted() -> tuple[Any, str]:
+        from trainer import manifest as manifests
+        from trainer import run as folder
+
+        parent, name, run_url = _run(run, runs)
+        folder.load(run_url)
+        return manifests.load(storage.join(run_url, "manifest.yaml"), sets or [], name=name), parent
+
+    if cluster is None:
+        _train(wanted, as_json)
+    else:
+        _submit(*wanted(), cluster, follow, as_json)
 
 
 def _run(name: str, runs: str) -> tuple[str, str, str]:

@@ -64,6 +64,8 @@ def connected_ray(manifest: RunManifest) -> Iterator[str]:
         # Ray tells of every dead worker at length, on stdout; events.jsonl says it in a line.
         logging.getLogger("ray._private.worker").setLevel(logging.CRITICAL)
         ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: None
+        present = signal.getsignal(signal.SIGTERM)  # stays, in place of the handler that Ray would put here
+        ray._private.utils.set_sigterm_handler = lambda handler: signal.signal(signal.SIGTERM, present)
         with _joined_ray(worker) if joins else _embedded_ray(manifest) as folder:
             yield folder
 
@@ -200,12 +202,19 @@ def fit_again(manifest: RunManifest, run_url: str, launch: str, scratch: str) ->
 Watcher = Callable[[list[dict[str, Any]], list[dict[str, Any]]], None]
 
 
-def foreground(manifest: RunManifest, run_url: str, console: Console, watch: Watcher | None = None) -> Outcome:
+def foreground(
+    manifest: RunManifest,
+    run_url: str,
+    console: Console,
+    watch: Watcher | None = None,
+    asked: list[int] | None = None,
+) -> Outcome:
     """Trains on an embedded Ray and shows progress; the first Ctrl-C or SIGTERM asks for a committed checkpoint.
 
     A run whose last step is committed is done at once. ``watch`` is called with the new events and the new metrics a
-    few times a second. Returns ``done`` or ``stopped``; raises InputError when the run failed for a reason that the
-    user can mend, Ray Train's error otherwise.
+    few times a second. ``asked`` holds the signals that came while the run was made ready; what is asked to stop before
+    an attempt has begun leaves everything as it was. Returns ``done`` or ``stopped``; raises InputError when the run
+    failed for a reason that the user can mend, Ray Train's error otherwise.
     """
     if is_done(manifest, run_url):
         note(run_url, "done", step=manifest.schedule.steps)
@@ -214,15 +223,17 @@ def foreground(manifest: RunManifest, run_url: str, console: Console, watch: Wat
     note(run_url, "serving", address=service.address)
     console.print(f"metrics for Prometheus, and a report: http://{service.address}/targets, /report")
     events, metrics = (Follower(storage.join(run_url, f"{name}.jsonl")) for name in ("events", "metrics"))
-    stops = 0
+    signals = asked if asked is not None else []
 
     def on_signal(number: int, frame: Any) -> None:
-        nonlocal stops
-        stops += 1
-        if stops == 1:
-            console.print(f"{signal.Signals(number).name}: stopping after this step, with a committed checkpoint …")
+        signals.append(number)
+        if len(signals) == 1:
+            how = "stopping after this step, with a committed checkpoint …"
+            if not attempts:
+                how = "stopping before a worker has begun …"
+            console.print(f"{signal.Signals(number).name}: {how}")
             runs.ask_to_stop(run_url, signal.Signals(number).name)
-        elif stops >= 3:
+        elif len(signals) >= 3:
             console.print("stopped at once; what was trained since the last commit is lost")
             os._exit(1)
         else:
@@ -232,8 +243,9 @@ def foreground(manifest: RunManifest, run_url: str, console: Console, watch: Wat
     outcome: list[Outcome] = []
     failure: list[BaseException] = []
     attempts: set[int] = set()
+    scratch = ""
 
-    def run(scratch: str) -> None:
+    def run() -> None:
         try:
             outcome.append(fit_again(manifest, run_url, launch, scratch))
         except BaseException as error:
@@ -245,14 +257,19 @@ def foreground(manifest: RunManifest, run_url: str, console: Console, watch: Wat
             attempts.add(event["attempt"])
         return event["attempt"] in attempts or event["event"] in ("restart", "resize")
 
+    thread = threading.Thread(target=run, name="ray-train", daemon=True)
+
     def listen() -> dict[int, Any]:
         return {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     before = listen()
     try:
+        if signals:
+            raise SystemExit
         with connected_ray(manifest) as scratch, _bar(console, manifest) as show:
-            listen()  # in place of Ray's handlers, under which SIGTERM ends the process at once
-            thread = threading.Thread(target=run, args=(scratch,), name="ray-train", daemon=True)
+            listen()  # in place of the handler of Ray's C++, under which SIGTERM ends the process at once
+            if signals:
+                raise SystemExit
             thread.start()
             alive = True
             while alive:
@@ -261,6 +278,8 @@ def foreground(manifest: RunManifest, run_url: str, console: Console, watch: Wat
                 all_events, all_lines = events.new(), metrics.new()
                 service.take(all_events, all_lines)
                 happened = [event for event in all_events if ours(event)]
+                if signals and not attempts:
+                    raise SystemExit
                 logged = [line for line in all_lines if line["attempt"] in attempts]
                 show(happened, logged)
                 if watch is not None:
@@ -272,12 +291,16 @@ def foreground(manifest: RunManifest, run_url: str, console: Console, watch: Wat
                     note(run_url, "failed", message=storage.redact(str(fault)))
             raise fault
         return outcome[0]
-    except SystemExit:  # Ray's answer to SIGTERM while it starts
+    except (SystemExit, InputError) as error:
+        if isinstance(error, InputError) and not (signals and not attempts):
+            raise
+        if thread.is_alive():
+            thread.join(5)  # it has lost its Ray, and says so
         note(run_url, "stopped", step=checkpoint.newest_step(run_url) or 0)
         return "stopped"
     finally:
         service.take(events.new(), ())
-        service.close(hurry=lambda: stops > 1)
+        service.close(hurry=lambda: len(signals) > 1)
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -340,6 +340,26 @@ def test_signals_and_full_disks_end_in_a_line(capsys):
         cli.guarded(lambda: 1 / 0)
 
 
+def test_a_signal_while_a_run_is_made_ready_leaves_it_as_it_was(moviola, monkeypatch, tmp_path, plain):
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump(plain))
+    load = manifests.load
+
+    def slow(*arguments, **options):
+        signal.raise_signal(signal.SIGTERM)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(manifests, "load", slow)
+    status, _, err = moviola("train", "m.yaml")
+    assert (status, err) == (cli.INTERRUPTED, "SIGTERM: stopping before it begins … interrupted")
+    assert not (tmp_path / "runs").exists()
+    url = folder.claim(manifests.validate(plain, "m"), str(tmp_path / "runs"))[1]
+    before = runs.events(url)
+    for arguments in (["train", "m.yaml"], ["resume", "small"]):
+        status, _, err = moviola(*arguments)
+        assert status == cli.STOPPED and err.endswith(f"To go on: moviola {' '.join(arguments)}"), err
+    assert runs.events(url) == before
+
+
 def test_a_closed_pipe_is_no_fault(run_url):
     read, write = os.pipe()
     os.close(read)

@@ -143,6 +143,27 @@ def test_a_run_that_another_attempt_took_over_ends_with_its_number(small_dataset
             os.killpg(command.process.pid, signal.SIGKILL)
 
 
+@pytest.mark.nightly
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_signal_while_ray_starts_ends_it_with_the_line_to_go_on(small_dataset, tmp_path, scratch):
+    arguments = typed_for(small_dataset, tmp_path / "runs")
+    command = Command(arguments, scratch, tmp_path)
+    run_url = str(tmp_path / "runs" / "tried")
+    try:
+        command.until(lambda: "metrics for Prometheus" in command.err.read_text())
+        command.process.send_signal(signal.SIGTERM)
+        status, _, err = command.end()
+        assert status == 75 and "SIGTERM: stopping before a worker has begun" in err and "Traceback" not in err
+        assert "stopped before its first checkpoint. To go on:" in err
+        assert shlex.split(err.strip().splitlines()[-1])[1:] == arguments
+        assert [e["event"] for e in runs.events(run_url) if e["event"] in ("start", "stopped")] == ["stopped"]
+        assert os.listdir(scratch) == [], "nothing of Ray stays behind"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(command.process.pid, signal.SIGKILL)
+
+
 def test_what_a_user_is_told_of_the_end(tmp_path, small_dataset):
     plain = {"name": "small", "recipe": "arvae", "data": {"train": str(small_dataset)}, "batch": 4}
     manifest, run_url = folder.claim(manifests.validate(plain, "m"), str(tmp_path))
