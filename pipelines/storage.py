@@ -341,6 +341,8 @@ def absolute(url: str) -> str:
 
 def is_remote(url: str) -> bool:
     """Whether ``url`` is on S3; raises InputError for a scheme but path, file:// and s3://, and for keys in one."""
+    if "\0" in unquote(url) or not _encodable(url):
+        raise InputError(f"{url!r}: not a name that a file can have", status=2)
     scheme, found, rest = url.partition("://")
     if found and scheme == "s3":
         bucket = rest.partition("/")[0]
@@ -356,6 +358,14 @@ def is_remote(url: str) -> bool:
     if (found and scheme != "file") or re.match(r"(pipe|http|https|gs|hf|data|exec):", url):
         raise InputError(f"{redact(url)}: only a path, file:// and s3:// are read", status=2)
     return False
+
+
+def _encodable(url: str) -> bool:
+    try:
+        os.fsencode(url)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 _SECRETS = (

@@ -340,6 +340,12 @@ def test_other_schemes_are_refused(url: str) -> None:
         storage.read_bytes(url)
 
 
+@pytest.mark.parametrize("url", ["a\0b", "file:///a%00b", "\ud800", "s3://bucket/\0"])
+def test_names_that_no_file_can_have(url: str) -> None:
+    with pytest.raises(InputError, match="not a name that a file can have"):
+        storage.absolute(url)
+
+
 def test_file_urls_and_paths_are_the_same(tmp_path: Path) -> None:
     storage.write_bytes(f"file://{tmp_path}/a%20b", b"x")
     assert (tmp_path / "a b").read_bytes() == b"x"
