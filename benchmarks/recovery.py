@@ -225,7 +225,7 @@ def _start(command: list[str], folder: Path) -> subprocess.Popen[bytes]:
 
 def measure(make: Callable[[Path], Any], window: float, every: float) -> dict[str, Any]:
     """One system through its window."""
-    with tempfile.TemporaryDirectory(prefix="moviola-recovery-") as name:
+    with tempfile.TemporaryDirectory(prefix="moviola-recovery-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         system = make(folder)
         try:
