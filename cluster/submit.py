@@ -155,7 +155,12 @@ def judge(manifest: RunManifest, runs_url: str, target: str) -> Iterator[str]:
     yield from _places(manifest, runs_url, target)
     data = folder.data_faults(manifest)
     yield from data
-    facts = plan.dry_run(manifest)
+    try:
+        facts = plan.dry_run(manifest)
+    except InputError as error:  # latents that can't be opened, whose layout decides the model
+        if not data:
+            yield str(error)
+        return
     fewest = facts["memory"][0]
     share, seconds = facts["checkpoint_bytes"] / fewest["workers"], manifest.failure.grace_seconds
     if LEAVE_SECONDS + 2 * share / FASTEST_BYTES_PER_SECOND > seconds:

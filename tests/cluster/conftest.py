@@ -24,13 +24,20 @@ def strict(schema):
     return schema
 
 
+class Judges(dict):
+    """Validators by kind, too long to be shown where a test fails."""
+
+    def __repr__(self):
+        return "KubeRay's schemas"
+
+
 @pytest.fixture(scope="session")
 def crds():
     """A judge for each kind, from KubeRay's published CRDs in the folder that MOVIOLA_CRD names."""
     folder = Path(os.environ.get("MOVIOLA_CRD", ROOT / "../shared/crd"))
     if not folder.is_dir():
         pytest.skip(f"no custom resource definitions at {folder}; MOVIOLA_CRD names a folder of KubeRay's")
-    judges = {}
+    judges = Judges()
     for kind in ("rayjobs", "rayclusters"):
         with (folder / f"ray.io_{kind}.yaml").open() as text:
             definition = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["spec"]

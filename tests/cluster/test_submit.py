@@ -114,6 +114,12 @@ def test_clips_that_are_too_short_for_a_stage(plain):
     assert folder.data_faults(manifest_of(plain, stages=stages)) == []
 
 
+def test_videos_for_a_recipe_that_trains_on_latents(small_dataset):
+    plain = yaml.safe_load((ROOT / "manifests/latentdit_smoke.yaml").read_text())
+    (told,) = submit.judge(manifest_of(plain, data={"train": str(small_dataset)}), "runs", "local")
+    assert "it holds videos, and recipe latentdit trains on latents" in told
+
+
 def test_held_back_clips_that_are_too_short_to_be_evaluated(plain, tmp_path, small_dataset):
     held_back = tmp_path / "eval"
     held_back.symlink_to(small_dataset)
