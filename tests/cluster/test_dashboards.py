@@ -63,6 +63,7 @@ def exported(small_dataset):
     ledger = {"time": 1.0, "seconds": dict.fromkeys(CAUSES, 1.0), "uncommitted": 0.0}
     quality = {"psnr_db": 1.0, "ssim": 1.0, "lpips": 1.0}
     events = [
+        {"event": "launch", "attempt": 0, "time": 0.0},
         {"event": "start", "attempt": 1, "world": 1, "workers": [], "time": 0.0},
         {"event": "commit", "step": 1, "time": 1.0, "bytes": 1, "seconds": {"write": 1.0}},
         {"event": "evaluation", "step": 1, **quality, "lpips_backbone": "x", "baselines": {"bicubic": quality}},
