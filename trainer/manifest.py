@@ -229,7 +229,9 @@ class KubernetesSpec(_Part):
     secrets: tuple[DnsName, ...] = Field((), description="Secrets whose keys become environment variables.")
     workers_per_pod: PositiveInt = Field(1, le=64, description="Workers that share a pod: the GPUs of a machine.")
     memory_gb: PositiveInt = Field(16, le=1 << 14, description="Memory of a worker pod, GiB.")
-    disk_gb: PositiveInt = Field(20, le=1 << 16, description="Scratch disk of a pod, GiB.")
+    disk_gb: PositiveInt = Field(
+        20, le=1 << 16, description="Scratch of a pod, GiB: Ray's and TensorBoard's files; checkpoints take none."
+    )
     retries: Annotated[int, Field(ge=0, le=100)] = Field(
         2, description="New clusters after one that was lost with its head; the run goes on from its last commit."
     )
