@@ -533,7 +533,10 @@ def _chunks(sock: Any, data: bytes) -> bytes:
     body = b""
     while True:
         size, found, rest = data.partition(b"\r\n")
-        count = int(size.partition(b";")[0], 16) if found else 0
+        try:
+            count = int(size.partition(b";")[0], 16) if found else 0
+        except ValueError:
+            raise http.client.HTTPException(f"a chunk of size {size[:20]!r}") from None
         if found and len(rest) >= count + 2:
             body, data = body + rest[:count], rest[count + 2 :]
             if not count:

@@ -453,6 +453,9 @@ def test_answers_in_chunks_and_without_a_length(monkeypatch: pytest.MonkeyPatch)
     url = answers(monkeypatch, b"HTTP/1.1 404 x\r\nTransfer-Encoding: chunked\r\n\r\n28\r\n" + error + b"\r\n0\r\n\r\n")
     with pytest.raises(InputError, match="there is no bucket 'bucket'"):
         storage.read_bytes(url)
+    url = answers(monkeypatch, b"HTTP/1.1 200 x\r\nTransfer-Encoding: chunked\r\n\r\nfive\r\nabcde\r\n0\r\n\r\n")
+    with pytest.raises(storage.Unreachable, match="a chunk of size b'five'"):
+        storage.read_bytes(url)
     url = answers(monkeypatch, b"HTTP/1.1 200 x\r\n\r\nabc")  # whole, or cut off? nobody knows
     with pytest.raises(storage.Unreachable, match="without a length"):
         storage.read_bytes(url)
