@@ -187,26 +187,17 @@ def webdataset(config: dict[str, Any]) -> Iterator[int]:
         yield len(batch)
 
 
-def _declare_operators() -> Any:
-    """Torchvision's wheel imports beside a CPU build of torch only where the operators that it lacks are declared."""
-    import torch
-
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
-
-
 def streaming(config: dict[str, Any]) -> Iterator[int]:
     """mosaicml-streaming: MDS shards of the same bytes, downloaded to a cold folder, its default shuffle."""
     import torch
 
-    kept = _declare_operators()
+    from pipelines import torchvision_ops
+
+    torchvision_ops.ensure()
     from streaming import StreamingDataset
     from torch.utils.data import DataLoader
 
     read = DECODERS[config["decoder"]]
-    assert kept
 
     class Clips(StreamingDataset):
         def __getitem__(self, at: int) -> Any:
@@ -275,10 +266,11 @@ def write_mds(config: dict[str, Any]) -> None:
     """The clips of the tars as MDS shards of the same bytes."""
     import tarfile
 
-    kept = _declare_operators()
+    from pipelines import torchvision_ops
+
+    torchvision_ops.ensure()
     from streaming import MDSWriter
 
-    assert kept
     with MDSWriter(out=config["mds"], columns={"mp4": "bytes", "key": "str"}, size_limit=1 << 24) as writer:
         for path in sorted(Path(config["tars"]).glob("*.tar")):
             with tarfile.open(path) as tar:
@@ -293,10 +285,11 @@ def plan_streaming(config: dict[str, Any]) -> dict[str, float]:
     """Seconds and megabytes that mosaicml-streaming takes from its index to the first sample's bytes."""
     import psutil
 
-    kept = _declare_operators()
+    from pipelines import torchvision_ops
+
+    torchvision_ops.ensure()
     from streaming import StreamingDataset
 
-    assert kept
     before, began = psutil.Process().memory_info().rss, time.perf_counter()
     dataset = StreamingDataset(remote=config["mds"], local=tempfile.mkdtemp(), shuffle=True, batch_size=config["batch"])
     next(iter(dataset))

@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import library
 
 SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-_declared: list[torch.library.Library] = []  # a Library undeclares its operators when it is collected
+_declared: list[library.Library] = []  # a Library undeclares its operators when it is collected
 
 
 def ensure() -> bool:
@@ -23,10 +24,10 @@ def ensure() -> bool:
         return True
     if "torchvision" in sys.modules or _kernels_load():
         return False
-    library = torch.library.Library("torchvision", "DEF")
+    declared = library.Library("torchvision", "DEF")
     for operator in ("nms", "qnms"):
-        library.define(operator + SCHEMA)
-    _declared.append(library)
+        declared.define(operator + SCHEMA)
+    _declared.append(declared)
     return True
 
 
