@@ -135,7 +135,9 @@ def test_no_committed_text_names_a_private_path() -> None:
 def test_private_paths_are_recognised() -> None:
     private = ["cd " + "/".join(("", *parts)) for parts in (("work", "x"), ("root", ".cache"), ("home", "ann", "x"))]
     assert all(map(PRIVATE.search, private))
-    assert not any(map(PRIVATE.search, ["/home/ray/moviola", "$HOME/work/x", "https://host/teamwork/x", "pip/work/x"]))
+    harmless = ["/home/ray/moviola", "https://host/teamwork/x"]
+    harmless += ["/".join(parts) for parts in (("$HOME", "work", "x"), ("pip", "work", "x"))]
+    assert not any(map(PRIVATE.search, harmless))
 
 
 @pytest.mark.parametrize("path", sorted(str(p.relative_to(ROOT)) for p in (ROOT / "manifests").rglob("*.yaml")))

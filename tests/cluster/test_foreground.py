@@ -31,7 +31,7 @@ STEPS = 60
 
 
 class Command:
-    """The command in a process of its own, with its own folder for temporary files."""
+    """The command in a process of its own, with its own folder for temporary files. A context manager that ends it."""
 
     def __init__(self, arguments, scratch, place):
         self.out, self.err = place / "out", place / "err"
@@ -41,6 +41,13 @@ class Command:
                 [sys.executable, "-m", "cluster.cli", *arguments],
                 cwd=place, env=environment, stdout=out, stderr=err, start_new_session=True,
             )  # fmt: skip
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def until(self, condition):
         """Waits until ``condition`` gives something, and gives it back."""
@@ -89,8 +96,7 @@ def test_a_run_survives_all_of_it_and_every_clip_is_trained_on_once(small_datase
     def starts():
         return [event for event in runs.events(run_url) if event["event"] == "start"]
 
-    first = Command(arguments, scratch, tmp_path)
-    try:
+    with Command(arguments, scratch, tmp_path) as first:
         first.until(lambda: reached(12, 1))
         os.kill(starts()[0]["workers"][1]["pid"], signal.SIGKILL)
         first.until(lambda: len(starts()) == 2)
@@ -119,18 +125,14 @@ def test_a_run_survives_all_of_it_and_every_clip_is_trained_on_once(small_datase
         assert os.listdir(scratch) == [], "nothing of Ray stays behind"
         assert Command(typed[1:], scratch, tmp_path).end()[0] == 0
         assert runs.status(run_url).state == "done" and len(starts()) == 3
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(first.process.pid, signal.SIGKILL)
 
 
 @pytest.mark.nightly
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_a_run_that_another_attempt_took_over_ends_with_its_number(small_dataset, tmp_path, scratch):
-    command = Command(typed_for(small_dataset, tmp_path / "runs"), scratch, tmp_path)
     run_url = str(tmp_path / "runs" / "tried")
-    try:
+    with Command(typed_for(small_dataset, tmp_path / "runs"), scratch, tmp_path) as command:
         command.until(lambda: runs.metrics(run_url))
         Lease.take(run_url)
         status, _, err = command.end()
@@ -138,9 +140,6 @@ def test_a_run_that_another_attempt_took_over_ends_with_its_number(small_dataset
         assert "restarting" not in err
         assert runs.status(run_url).state == "silent", "not failed: the run is the other one's now"
         assert os.listdir(scratch) == [], "nothing of Ray stays behind"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(command.process.pid, signal.SIGKILL)
 
 
 @pytest.mark.nightly
@@ -148,9 +147,8 @@ def test_a_run_that_another_attempt_took_over_ends_with_its_number(small_dataset
 @pytest.mark.timeout(600)
 def test_a_signal_while_ray_starts_ends_it_with_the_line_to_go_on(small_dataset, tmp_path, scratch):
     arguments = typed_for(small_dataset, tmp_path / "runs")
-    command = Command(arguments, scratch, tmp_path)
     run_url = str(tmp_path / "runs" / "tried")
-    try:
+    with Command(arguments, scratch, tmp_path) as command:
         command.until(lambda: "metrics for Prometheus" in command.err.read_text())
         command.process.send_signal(signal.SIGTERM)
         status, _, err = command.end()
@@ -159,9 +157,6 @@ def test_a_signal_while_ray_starts_ends_it_with_the_line_to_go_on(small_dataset,
         assert shlex.split(err.strip().splitlines()[-1])[1:] == arguments
         assert [e["event"] for e in runs.events(run_url) if e["event"] in ("start", "stopped")] == ["stopped"]
         assert os.listdir(scratch) == [], "nothing of Ray stays behind"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(command.process.pid, signal.SIGKILL)
 
 
 def test_what_a_user_is_told_of_the_end(tmp_path, small_dataset):
