@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 help:
 	@echo "make setup               a virtual environment in .venv with the command 'moviola'"
 	@echo "make demo [VIDEOS=DIR]   the main job: pack, train, survive a kill, evaluate, look"
-	@echo "make test                lint, types and every test"
+	@echo "make test                lint, types and all tests but the longest"
 	@echo "make nightly             the tests that take minutes each"
 	@echo "make chaos [ROUNDS=50 SEED=1 PLACES='disk s3 ray']   faults over smoke runs, with a table"
 	@echo "make bench [BENCH='overhead telemetry']   measures, into benchmarks/results"
