@@ -113,8 +113,9 @@ def init_distributed(device: torch.device, timeout: float = 1800.0) -> None:
             dist.init_process_group(backend, timeout=limit)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
-    # Training needs no shared-memory collectives, and compiling them takes half a minute.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Training needs no shared-memory collectives, and compiling them takes half a minute; nor a look at what else this
+    # machine could compile, which takes half a second of every start.
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     if gc.get_freeze_count() == 0:  # DeepSpeed collects garbage as it builds; what is imported by now need not be seen
         gc.freeze()
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=limit)
@@ -407,9 +408,10 @@ class Engine:
         }
         if self.precision == "bf16":
             config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-        self._ds, *_ = deepspeed.initialize(
-            model=self.module, optimizer=optimizer, config=config, dist_init_required=False
-        )
+        with _tersely():
+            self._ds, *_ = deepspeed.initialize(
+                model=self.module, optimizer=optimizer, config=config, dist_init_required=False
+            )
         self._optimizer = self._ds.basic_optimizer
         for flat, _ in self._flats():
             self._optimizer.state[flat] = {
@@ -587,6 +589,18 @@ class _Carried:
             for name, flat in _whole(self.layout, self.own[kind], names, self.device):
                 if piece := wanted.get((kind, name)):
                     piece.values.copy_(flat[piece.start : piece.start + piece.values.numel()])
+
+
+@contextlib.contextmanager
+def _tersely() -> Iterator[None]:
+    """Prints tensors without their values: ZeRO-3 puts each parameter into a log line that nobody sees when it starts,
+    which takes 7 ms a parameter, and seconds at each stage.
+    """
+    torch.set_printoptions(threshold=0, edgeitems=0)
+    try:
+        yield
+    finally:
+        torch.set_printoptions(profile="default")
 
 
 def _grouped(names: Sequence[str], steps: Mapping[str, int], stage: Trains) -> tuple[list[list[str]], list[int]]:
