@@ -12,14 +12,28 @@ from pipelines.pack import pack
 from pipelines.rules import Card, PackRules
 
 ROOT = Path(__file__).parents[1]
+FIRST = ("tests/chaos", "tests/trainer", "tests/cluster", "tests/real")
+"""Folders whose tests take longest, in the order in which they begin."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one file run in one process, and so do those that share a real service."""
+    """Who starts a Ray begins first, one at a time; files whose tests take long come before the rest.
+
+    Tests of one file run in one process, and so do those that share a real service.
+    """
     for item in items:
-        folder = item.path.parent
-        item.add_marker(pytest.mark.xdist_group("real" if folder.name == "real" else str(item.path.relative_to(ROOT))))
+        path = item.path.relative_to(ROOT)
+        group = "ray" if item.get_closest_marker("ray") else "real" if path.parent.name == "real" else str(path)
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> int:
+    if item.get_closest_marker("ray"):
+        return 0
+    path = str(item.path.relative_to(ROOT))
+    return 1 + next((turn for turn, folder in enumerate(FIRST) if path.startswith(folder)), len(FIRST))
 
 
 @pytest.fixture(scope="session")
