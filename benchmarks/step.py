@@ -4,10 +4,10 @@
 
 Trains each stage of the manifest for a few steps through the engine, on one process, from clips that already lie in
 memory: reading is not measured here (``benchmarks.loader`` does). Eager and compiled, float32 and bfloat16, take turns,
-a step each; the first steps, in which the compiler works, are not counted. Floating point operations are counted by
-torch over a step's forward and backward pass; the device's peak is what a large matrix product reaches on it in the
-same run, in the same precision, or in float32 where that is faster. Peak memory is taken in a process of its own for
-each variant.
+a step each; the first steps, in which the compiler works, are not counted. A stage whose adversary starts later than
+the stage is measured before and after that. Floating point operations are counted by torch over a step's forward and
+backward passes; the device's peak is what a large matrix product reaches on it in the same run, in the same precision,
+or in float32 where that is faster. Peak memory is taken in a process of its own for each variant.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipelines import synthetic
 from pipelines.contracts import Batch, Source
 from trainer import manifest as manifests
+from trainer.adversary import Adversary
 from trainer.blocks.transformer import Attention
 from trainer.engine import Engine
 from trainer.manifest import RunManifest
+from trainer.recipe import StepOutput
 from trainer.stage import Stage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,17 +56,49 @@ def sync(device: torch.device) -> float:
     return time.perf_counter()
 
 
-class Trial:
-    """One engine on one stage, and its next step."""
+@dataclass(frozen=True)
+class Part:
+    """``steps`` of a stage, of ``batch`` clips each: those with its adversary (``judged``), or those without."""
 
-    def __init__(self, manifest: RunManifest, stage: Stage, variant: str, clips: int, device: torch.device) -> None:
+    stage: Stage
+    steps: int
+    batch: int
+    judged: bool
+
+    @property
+    def title(self) -> str:
+        """How rows of tables name it."""
+        return f"{self.stage.name}, adversary" if self.judged else self.stage.name
+
+
+def parts_of(manifest: RunManifest) -> list[Part]:
+    """The schedule, cut where adversaries start."""
+    parts = []
+    for stage, batch in zip(manifest.schedule.stages, manifest.schedule.batches, strict=True):
+        alone = stage.adversary.start if stage.adversary else stage.steps
+        parts += [Part(stage, alone, batch, False), Part(stage, stage.steps - alone, batch, True)]
+    return [part for part in parts if part.steps]
+
+
+class Trial:
+    """One engine on a part of a stage, with the adversary's where it plays, and its next step."""
+
+    def __init__(self, manifest: RunManifest, part: Part, variant: str, clips: int, device: torch.device) -> None:
         precision, compile = VARIANTS[variant]
+        stage = part.stage
         self.recipe, self.stage, self.device = manifest.loaded_recipe, stage, device
         self.spec = manifest.optimizer_for(stage)
         self.engine = Engine(
             self.recipe.build(manifest.seed), stage, self.spec, zero_stage=0, precision=precision, compile=compile,
             device=device, ema_decay=manifest.ema or None,
         )  # fmt: skip
+        self.rival = None
+        if part.judged:
+            assert stage.adversary
+            self.rival = Adversary(
+                stage.adversary, stage.steps, manifest.adversary_optimizer_for(stage), seed=manifest.seed,
+                zero_stage=0, precision=precision, device=device,
+            )  # fmt: skip
         self.teachers = self.recipe.teachers().to(device).requires_grad_(False).eval()
         schedule = manifest.schedule
         plan = schedule.plan(schedule.first_steps[schedule.stages.index(stage)])
@@ -76,23 +111,46 @@ class Trial:
             seed=manifest.seed,
         ).to(device)  # fmt: skip
 
+    def forward(self) -> StepOutput:
+        """The recipe's part of a step."""
+        return self.recipe.step(self.engine.model, self.batch, self.stage, self.teachers)
+
     def step(self) -> dict[str, float]:
         """Seconds of a step by part."""
-        start = sync(self.device)
-        loss = self.recipe.step(self.engine.model, self.batch, self.stage, self.teachers).loss
-        forward = sync(self.device)
-        self.engine.backward(loss, last=True)
-        backward = sync(self.device)
+        times = [sync(self.device)]
+
+        def lap() -> float:
+            times.append(sync(self.device))
+            return times[-1] - times[-2]
+
+        output = self.forward()
+        spent = {"forward": lap()}
+        if self.rival:
+            output = self.rival.judge(output, 1.0)
+        spent["adversary"] = lap()
+        self.engine.backward(output.loss, last=True)
+        spent["backward"] = lap()
+        if self.rival:
+            self.rival.learn(output, 1.0, last=True)
+        spent["adversary"] += lap()
         self.engine.step(self.spec.lr)
-        end = sync(self.device)
-        return {"forward": forward - start, "backward": backward - forward, "optimizer": end - backward}
+        spent["optimizer"] = lap()
+        if self.rival:
+            self.rival.step(self.rival.spec.start)
+        spent["adversary"] += lap()
+        return spent
 
     def operations(self) -> int:
-        """Floating point operations of a forward and a backward pass."""
+        """Floating point operations of a step's forward and backward passes."""
         with FlopCounterMode(display=False) as counter:
-            self.engine.backward(self.recipe.step(self.engine.model, self.batch, self.stage, self.teachers).loss)
-        self.engine.step(0.0)
+            self.step()
         return counter.get_total_flops()
+
+    def close(self) -> None:
+        """Lets go of both engines."""
+        self.engine.close()
+        if self.rival:
+            self.rival.engine.close()
 
     def parts(self) -> dict[str, float]:
         """Share of the forward pass by the model's parts and the frozen networks, and of attention within them."""
@@ -104,7 +162,7 @@ class Trial:
             for name, module in named:
                 hooks.enter_context(timed(module, name, spent, self.device))
             start = sync(self.device)
-            self.recipe.step(self.engine.model, self.batch, self.stage, self.teachers)
+            self.forward()
             whole = sync(self.device) - start
         return {name: seconds / whole for name, seconds in spent.items()}
 
@@ -143,11 +201,11 @@ def length(days: float) -> str:
     return f"{days:,.1f} days" if days >= 1 else f"{24 * days:.2f} hours"
 
 
-def memory(source: str, sets: list[str], stage: str, variant: str, clips: int, device: str, answers: Any) -> None:
+def memory(source: str, sets: list[str], title: str, variant: str, clips: int, device: str, answers: Any) -> None:
     """Peak bytes of a process that does two eager or compiled steps and nothing else."""
     manifest = manifests.load(source, sets)
-    trial = Trial(manifest, next(s for s in manifest.schedule.stages if s.name == stage), variant, clips,
-                  torch.device(device))  # fmt: skip
+    part = next(part for part in parts_of(manifest) if part.title == title)
+    trial = Trial(manifest, part, variant, clips, torch.device(device))
     for _ in range(2):
         trial.step()
     if device == "cuda":
@@ -157,17 +215,17 @@ def memory(source: str, sets: list[str], stage: str, variant: str, clips: int, d
 
 
 def measure(
-    manifest: RunManifest, stage: Stage, variants: list[str], clips: int, warm: int, steps: int, device: torch.device
+    manifest: RunManifest, part: Part, variants: list[str], clips: int, warm: int, steps: int, device: torch.device
 ) -> dict[str, Any]:
     """Times by variant, in turns; operations and the parts' shares, eager in float32."""
-    trials = {name: Trial(manifest, stage, name, clips, device) for name in variants}
+    trials = {name: Trial(manifest, part, name, clips, device) for name in variants}
     operations, parts = trials["float32"].operations(), trials["float32"].parts()
     times: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     for _ in range(warm + steps):
         for name, trial in trials.items():
             times[name].append(trial.step())
     for trial in trials.values():
-        trial.engine.close()
+        trial.close()
     return {"times": {name: spent[warm:] for name, spent in times.items()}, "operations": operations, "parts": parts}
 
 
@@ -189,18 +247,17 @@ def main() -> None:
     peaks = {"fp32": peak_flops(device, torch.float32), "bf16": peak_flops(device, torch.bfloat16)}
     variants = list(dict.fromkeys(["float32", *options.variants]))
     rows, shares, days = [], [], dict.fromkeys(variants, 0.0)
-    both = list(zip(manifest.schedule.stages, manifest.schedule.batches, strict=True))
-    chosen = [(stage, batch) for stage, batch in both if options.stages is None or stage.name in options.stages]
+    chosen = [part for part in parts_of(manifest) if options.stages is None or part.stage.name in options.stages]
     if not chosen:
-        parser.error(f"--stages: {manifest.name} has {', '.join(stage.name for stage, _ in both)}")
-    for stage, batch in chosen:
-        found = measure(manifest, stage, variants, options.clips, options.warm, options.steps, device)
+        parser.error(f"--stages: {manifest.name} has {', '.join(s.name for s in manifest.schedule.stages)}")
+    for part in chosen:
+        found = measure(manifest, part, variants, options.clips, options.warm, options.steps, device)
         eager = [sum(step.values()) for step in found["times"]["float32"]]
         for name, spent in found["times"].items():
             answers = multiprocessing.get_context("spawn").SimpleQueue()
             process = multiprocessing.get_context("spawn").Process(
                 target=memory,
-                args=(options.manifest, options.sets, stage.name, name, options.clips, device.type, answers),
+                args=(options.manifest, options.sets, part.title, name, options.clips, device.type, answers),
             )
             process.start()
             process.join()
@@ -208,29 +265,29 @@ def main() -> None:
             low, middle, high = statistics.quantiles([1000 * seconds for seconds in whole])
             ratio = statistics.median(a / b for a, b in zip(eager, whole, strict=True))
             achieved = found["operations"] / (middle / 1000)
-            days[name] += stage.steps * batch * middle / 1000 / options.clips / 86400
+            days[name] += part.steps * part.batch * middle / 1000 / options.clips / 86400
             rows.append(
-                f"| {stage.name} | {name} | {middle:.0f} ({low:.0f} to {high:.0f}) | {ratio:.2f} | "
+                f"| {part.title} | {name} | {middle:.0f} ({low:.0f} to {high:.0f}) | {ratio:.2f} | "
                 f"{1000 * options.clips / middle:.2f} | {achieved / 1e9:.1f} | "
                 f"{achieved / max(peaks['fp32'], peaks[VARIANTS[name][0]]):.1%} | {answers.get() / 2**20:,.0f} |"
             )
             print(rows[-1], flush=True)
         middle = {part: statistics.median(step[part] for step in found["times"]["float32"]) for part in
-                  ("forward", "backward", "optimizer")}  # fmt: skip
+                  ("forward", "backward", "optimizer", "adversary")}  # fmt: skip
         total = sum(middle.values())
         within = sorted(found["parts"].items(), key=lambda item: -item[1])
         shares.append(
-            f"| {stage.name} | {' | '.join(f'{value / total:.0%}' for value in middle.values())} | "
+            f"| {part.title} | {' | '.join(f'{value / total:.0%}' for value in middle.values())} | "
             f"{', '.join(f'{name} {share:.0%}' for name, share in within if share >= 0.01)} |"
         )
     path = ROOT / "benchmarks/results" / f"step-{manifest.name}_{options.hardware}_{datetime.date.today()}.md"
-    path.write_text(report(manifest, [stage for stage, _ in chosen], rows, shares, days, peaks, options.clips))
+    path.write_text(report(manifest, chosen, rows, shares, days, peaks, options.clips))
     print(path)
 
 
 def report(
     manifest: RunManifest,
-    stages: list[Stage],
+    parts: list[Part],
     rows: list[str],
     shares: list[str],
     days: dict[str, float],
@@ -240,9 +297,8 @@ def report(
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "deepspeed"))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPUs"
     sizes = {"x".join(map(str, stage.clip.sizes[0])) for stage in manifest.schedule.stages}
-    scheduled = zip(manifest.schedule.stages, manifest.schedule.batches, strict=True)
-    clips_in_all = sum(stage.steps * batch for stage, batch in scheduled if stage in stages)
-    which = "The whole schedule" if len(stages) == len(manifest.schedule.stages) else "These stages of the schedule"
+    clips_in_all = sum(part.steps * part.batch for part in parts)
+    which = "The whole schedule" if parts == parts_of(manifest) else "These stages of the schedule"
     return "\n".join([
         f"# A training step of {manifest.name} (recipe {manifest.recipe})",
         "",
@@ -263,8 +319,8 @@ def report(
         "",
         "Where an eager float32 step's time goes, and the parts of its forward pass:",
         "",
-        "| stage | forward | backward | optimizer | parts of the forward pass |",
-        "| --- | --: | --: | --: | --- |",
+        "| stage | forward | backward | optimizer | adversary | parts of the forward pass |",
+        "| --- | --: | --: | --: | --: | --- |",
         *shares,
         "",
         f"{which}, {clips_in_all:,} clips, on one device like this one: "

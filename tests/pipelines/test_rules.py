@@ -95,7 +95,9 @@ def test_vimeo90k(tmp_path):
         for t, frame in enumerate(scene(number, 7)):
             path = archive / "sequences" / folder / f"im{t + 1}.png"
             av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24").save(str(path))
+    assert sum(pack(archive, tmp_path / "whole", rules).clips.values()) == 4
     (archive / "sep_trainlist.txt").write_text("00001/0001\n00001/0002\n00002/0001\n00009/0001\n\n")
+    rules = rules.model_copy(update={"members": "sep_trainlist.txt"})
     summary = pack(archive, tmp_path / "made", rules)
     assert summary.clips["train"] + summary.clips["eval"] == 3
     assert summary.skipped == {"missing": ["00009/0001 is in sep_trainlist.txt, but not in the source"]}
