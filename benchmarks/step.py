@@ -5,8 +5,8 @@
 Trains each stage of the manifest for a few steps through the engine, on one process, from clips that already lie in
 memory: reading is not measured here (``benchmarks.loader`` does). Eager and compiled, float32 and bfloat16, take turns,
 a step each; the first steps, in which the compiler works, are not counted. A stage whose adversary starts later than
-the stage is measured before and after that. Floating point operations are counted by torch over a step's forward and
-backward passes; the device's peak is what a large matrix product reaches on it in the same run, in the same precision,
+the stage is measured before and after that. Floating point operations are those of a step's forward and backward
+passes; the device's peak is what a large matrix product reaches on it in the same run, in the same precision,
 or in float32 where that is faster. Peak memory is taken in a process of its own for each variant.
 """
 
@@ -32,7 +32,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines import synthetic
 from pipelines.contracts import Batch, Source
@@ -40,6 +39,7 @@ from trainer import manifest as manifests
 from trainer.adversary import Adversary
 from trainer.blocks.transformer import Attention
 from trainer.engine import Engine
+from trainer.flops import Count
 from trainer.manifest import RunManifest
 from trainer.recipe import StepOutput
 from trainer.stage import Stage
@@ -142,9 +142,9 @@ class Trial:
 
     def operations(self) -> int:
         """Floating point operations of a step's forward and backward passes."""
-        with FlopCounterMode(display=False) as counter:
+        with Count() as count:
             self.step()
-        return counter.get_total_flops()
+        return count.total
 
     def close(self) -> None:
         """Lets go of both engines."""

@@ -18,7 +18,7 @@ WARM = 8
 """The step of a kind that is counted, from 1."""
 
 
-class _Count(TorchDispatchMode):
+class Count(TorchDispatchMode):
     """Adds up what passes. Unlike ``torch.utils.flop_counter.FlopCounterMode`` it runs each operation as it came and
     decomposes none: the numbers that training computes stay the same, bit for bit.
     """
@@ -60,7 +60,7 @@ class FlopMeter:
         elif self._seen[kind] < WARM:
             yield
         else:
-            with _Count() as count:
+            with Count() as count:
                 yield
             self._known[kind] = count.total
             self.total += WARM * count.total
