@@ -211,12 +211,15 @@ def test_the_motion_module_learns_to_predict() -> None:
 
 
 def ssf2020(width: int = 6, latent: int = 8) -> dict[str, Tensor]:
-    """A state dict of CompressAI's layout: image, residual and motion coders, each with an entropy model."""
+    """A state dict of CompressAI's layout: image, residual and motion coders, each with an entropy model.
+
+    The residual's decoder takes the motion's latent besides its own.
+    """
     state = {}
     for part, (inputs, outputs) in {"img": (3, 3), "res": (3, 3), "motion": (6, 3)}.items():
         for side, widths in (
             ("encoder", (inputs, width, width, width, latent)),
-            ("decoder", (latent, *[width] * 3, outputs)),
+            ("decoder", (2 * latent if part == "res" else latent, *[width] * 3, outputs)),
         ):
             for layer in range(4):
                 a, b = widths[layer : layer + 2]

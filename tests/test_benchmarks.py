@@ -1,0 +1,56 @@
+"""What benchmarks reckon with, on models of no size."""
+
+import pytest
+import torch
+
+from benchmarks import keyframes, step
+from trainer import manifest as manifests
+
+
+@pytest.fixture(scope="module")
+def manifest():
+    backbone = {"low": 4, "high": 6, "separate": 1, "fused": 1, "iterations": 1, "iteration_layers": 1}
+    weights = {"l1": 1, "lpips": 0, "kl": 0, "dwt_low": 0, "dwt_high": 0}
+    adversary = {"start": 1, "network": {"width": 4, "layers": 2}}
+    plain = {
+        "name": "small",
+        "recipe": "decovae",
+        "model": {"latent_channels": 2, "backbone": backbone, "motion": {"width": 4, "latent": 4}, "perceptual": None},
+        "data": {"train": "nowhere"},
+        "batch": 3,
+        "precision": "fp32",
+        "clip": {"frames": 5, "sizes": [[32, 32]]},
+        "stages": {
+            "motion": {"steps": 4},
+            "static": {"steps": 0},
+            "dynamic": {"steps": 10, "batch": 2, "losses": weights, "adversary": adversary},
+        },
+    }
+    return manifests.validate(plain, "m")
+
+
+def test_a_stage_is_measured_before_its_adversary_starts_and_after(manifest):
+    parts = step.parts_of(manifest)
+    assert [(p.title, p.steps, p.batch) for p in parts] == [
+        ("motion", 4, 3),
+        ("dynamic", 1, 2),
+        ("dynamic, adversary", 9, 2),
+    ]
+    found = [step.measure(manifest, part, ["float32"], 1, 0, 2, torch.device("cpu")) for part in parts]
+    spent = [sum(s["adversary"] for s in f["times"]["float32"]) for f in found]
+    assert spent[2] > 10 * spent[1], "without it there is nothing to do"
+    assert found[2]["operations"] > found[1]["operations"] > found[0]["operations"] > 0
+
+
+def test_a_gain_is_over_the_line_between_two_fixed_lengths():
+    curve = [keyframes.Coded(numbers, psnr_db, 0, 0) for numbers, psnr_db in ((100, 30), (300, 34), (200, 31))]
+    assert keyframes.at_budget(curve, 150) == pytest.approx(30.5)
+    assert keyframes.at_budget(curve, 250) == pytest.approx(32.5)
+    assert keyframes.at_budget(curve, 99) is None
+
+
+def test_seams_lie_where_windows_meet():
+    def window(frames, shared):
+        return {"frames": torch.tensor([frames]), "shared": torch.tensor([shared])}
+
+    assert keyframes.seams_of([window(17, 0), window(9, 1), window(4, 0)]) == {16, 17, 25}
