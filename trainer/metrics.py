@@ -9,6 +9,7 @@ Both are collected when they are scraped, in the server's thread: training only 
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from bisect import bisect_left
@@ -96,11 +97,10 @@ class Counts:
 
     def __init__(self, before: Mapping[str, Any] | None = None) -> None:
         before = before or {}
-        self._before = {name: float(before.get(name, 0.0)) for name in (*SUMS, "rank_seconds")}
+        self._before = {name: float(before.get(name, 0.0)) for name in (*SUMS, "rank_seconds", "held_seconds")}
         self.steps = int(before.get("steps", 0))
         self.commits = int(before.get("commits", 0))
         self.step_seconds = Histogram(before.get("step_seconds"))
-        self.rank_seconds = 0.0
         self.own = dict.fromkeys(SUMS, 0.0)
 
     def loader(self, state: Any) -> None:
@@ -113,14 +113,20 @@ class Counts:
             skips[reason if reason in skips else "other"] += count
         self.own.update({f"skipped/{reason}": float(count) for reason, count in skips.items()})
 
-    def total(self, summed: Mapping[str, float]) -> dict[str, Any]:
-        """The run's counters, given the sums of :attr:`own` over ranks."""
+    def total(self, summed: Mapping[str, float], world: int, ledger: Mapping[str, Any]) -> dict[str, Any]:
+        """The run's counters, given the sums of :attr:`own` over ranks and the ledger's state.
+
+        Ranks are held from start to end, through start-ups and restarts: all the time that the run was not idle.
+        """
+        held = math.fsum(ledger["seconds"].values()) + ledger["uncommitted"] - ledger["seconds"]["idle"]
+        before = self._before
         return {
             "steps": self.steps,
             "commits": self.commits,
-            "rank_seconds": self._before["rank_seconds"] + self.rank_seconds,
+            "held_seconds": held,
+            "rank_seconds": before["rank_seconds"] + world * (held - before["held_seconds"]),
             "step_seconds": self.step_seconds.state(),
-            **{name: self._before[name] + value for name, value in summed.items()},
+            **{name: before[name] + value for name, value in summed.items()},
         }
 
 
@@ -166,6 +172,7 @@ class RunMetrics(Collector):
         self._evaluation: Mapping[str, Any] | None = None
         self._commit: Mapping[str, Any] | None = None
         self._start: Mapping[str, Any] | None = None
+        self._workers: list[dict[str, Any]] = []
         self._launched: float | None = None
         self._state = "new"
         self._diverged = False
@@ -186,6 +193,8 @@ class RunMetrics(Collector):
                 if kind == "restart":
                     self._restarts[event["cause"]] = self._restarts.get(event["cause"], 0) + 1
                 self._start = event if kind == "start" else self._start
+                if kind in ("start", "restart", "resize"):
+                    self._workers = list(event.get("workers", ()))
                 self._commit = event if kind == "commit" else self._commit
                 self._evaluation = event if kind == "evaluation" else self._evaluation
                 self._newest(event.get("ledger"))
@@ -199,9 +208,9 @@ class RunMetrics(Collector):
 
     @property
     def workers(self) -> list[dict[str, Any]]:
-        """The ranks of the newest attempt, as its start event has them; none once it has ended."""
+        """The ranks that train, as the newest start event has them; none once they have ended or are taken down."""
         with self._lock:
-            return list(self._start["workers"]) if self._start is not None and self._state == "running" else []
+            return list(self._workers) if self._state == "running" else []
 
     def collect(self) -> Iterator[Metric]:
         """Prometheus's hook."""

@@ -266,7 +266,6 @@ class Telemetry:
             self.event("warning", message=f"rank {rank} can't serve its metrics on port {wanted}: {error.strerror}")
         self.address = f"{reachable(bind)}:{self._server.server_port}"
         self._board = Board(run_url) if manifest.telemetry.tensorboard and rank == 0 else None
-        self._since = time.monotonic()
         self._steps, self._waited, self._computed = 0, 0.0, 0.0
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -324,17 +323,16 @@ class Telemetry:
 
     def log(self, record: Mapping[str, Any], summed: Mapping[str, float], ledger: Ledger, loader_metrics: Any) -> None:
         """One logged step: a line of metrics.jsonl, the gauges, TensorBoard. ``summed`` are all ranks' ``sums``."""
-        now, wait = time.monotonic(), loader_metrics.wait_seconds
+        wait = loader_metrics.wait_seconds
         self.metrics.waited = (wait - self._waited) / max(1, self._steps)
         self.metrics.computed = self._computed / max(1, self._steps)
         self.metrics.loader = loader_metrics
-        self._counts.rank_seconds += self.world * (now - self._since)
-        self._steps, self._waited, self._computed, self._since = 0, wait, 0.0, now
+        self._steps, self._waited, self._computed = 0, wait, 0.0
         if self.rank == 0:
             state = ledger.state()
             line = {
-                "attempt": self.attempt, "world": self.world, **record, "counters": self._counts.total(summed),
-                "time": state["time"], "ledger": state,
+                "attempt": self.attempt, "world": self.world, **record,
+                "counters": self._counts.total(summed, self.world, state), "time": state["time"], "ledger": state,
             }  # fmt: skip
             self._line("metrics", line, lambda run: run.take((), [line]))
         if self._board is not None:

@@ -79,7 +79,7 @@ def exported(small_dataset):
         "grad_norm": 1.0,
     }
     line |= {"statistics": dict.fromkeys([*STATISTICS, "other"], 1.0), "clips_per_second": 1.0, "ledger": ledger}
-    line |= {"seconds_per_pixel": 1.0, "epochs": {"d": 1.0}, "counters": Counts().total({})}
+    line |= {"seconds_per_pixel": 1.0, "epochs": {"d": 1.0}, "counters": Counts().total({}, 1, ledger)}
     of_run = RunMetrics(manifest.validate(plain, "m"))
     of_run.take(events, [line])
     of_rank = RankMetrics("r", 0, FaultBudget())

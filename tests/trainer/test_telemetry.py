@@ -147,11 +147,11 @@ def batch(frames):
     return Batch(torch.zeros(2, 3, frames, 4, 4), torch.ones(2), torch.zeros(2), (0, 1), sources, plan, 1.0, 0)
 
 
-def logged(telemetry, step, loader):
+def logged(telemetry, step, loader, ledger=None):
     means = {"loss": 0.5, "terms": {"mse": 0.25, "kl": 3.0}, "statistics": {"logits_real": 1.5, "flow_pixels": 2.0}}
     record = {"step": step, "stage": "first-frame", **means, "lr": 0.1, "grad_norm": 1.0, "epochs": {"small": 0.5}}
     record |= {"clips_per_second": 8.0, "seconds_per_pixel": 1e-9}
-    telemetry.log(record, telemetry.sums(loader), Ledger(), loader)
+    telemetry.log(record, telemetry.sums(loader), ledger or Ledger(), loader)
 
 
 def samples(text):
@@ -202,6 +202,33 @@ def test_counters_go_on_where_the_attempt_before_left_them(run):
     assert shown['moviola_statistic{run="r",statistic="flow_pixels"}'] == 2
     assert shown['moviola_stage{run="r",stage="first-frame"}'] == 1
     assert shown['moviola_memory_bytes{kind="resident",rank="0",run="r"}'] > 1e7
+
+
+def test_ranks_are_held_through_restarts_and_not_while_the_run_was_stopped(run):
+    made, url = run
+    now = [1000.0]
+
+    def clock():
+        return now[0]
+
+    def held(attempt, world, ledger):
+        """Rank-seconds that an attempt of 40 seconds leaves behind it."""
+        lines = read_lines(url + "/metrics.jsonl")
+        telemetry = Telemetry(made, url, attempt=attempt, world=world, before=lines[-1]["counters"] if lines else None)
+        now[0] += 40
+        logged(telemetry, attempt, LoaderMetrics(), ledger)
+        telemetry.close()
+        return read_lines(url + "/metrics.jsonl")[-1]["counters"]["rank_seconds"]
+
+    first = Ledger(launched=990.0, clock=clock)
+    assert held(1, 2, first) == 2 * 50
+    dead = first.state()
+    now[0] += 100
+    second = Ledger(dead, clock=clock)
+    assert held(2, 3, second) == 2 * 50 + 3 * 140, "a dead attempt's machines wait for the next one"
+    stopped = second.state(stopped=True)
+    now[0] += 5000
+    assert held(3, 1, Ledger(stopped, launched=now[0], clock=clock)) == 2 * 50 + 3 * 140 + 40
 
 
 def test_time_left_counts_evaluations_and_not_another_attempt(run):
@@ -261,7 +288,11 @@ def test_counts_and_names_follow_prometheus_rules(run):
     assert (histogram.counts[0], histogram.counts[1], histogram.counts[-1]) == (2, 1, 1)
     start = {"event": "start", "time": 1.0, "attempt": 1, "world": 2, "workers": [{"rank": 0}]}
     metrics = RunMetrics(made)
-    metrics.take([start, {"event": "restart", "time": 2.0, "cause": "killed", "attempt": 0}], [])
+    metrics.take([start], [])
+    assert metrics.workers == [{"rank": 0}]
+    metrics.take([{"event": "restart", "time": 2.0, "cause": "killed", "attempt": 0}], [])
+    assert metrics.workers == [], "who was taken down is no target"
+    metrics.take([start], [])
     assert metrics.workers == [{"rank": 0}]
     text = {}
     for family in metrics.collect():
