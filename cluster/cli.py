@@ -665,7 +665,7 @@ def watch(run: RunName, runs: Runs = "./runs") -> None:
     """A live page of a run in the terminal, from its storage: progress, loss, quality, speed, goodput, events."""
     from cluster import watch as watching
 
-    watching.watch(_run(run, runs)[2], out)
+    watching.watch(_run(run, runs)[2], Console(markup=False, width=None if out.is_terminal else out.width))
 
 
 @app.command()

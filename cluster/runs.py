@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from collections.abc import Mapping
@@ -12,13 +11,17 @@ from typing import Any, Literal
 
 from pipelines import storage
 from trainer import checkpoint
+from trainer.manifest import RunManifest
 from trainer.metrics import seconds_left
 from trainer.run import load
 from trainer.telemetry import goodput, heard_last, read_lines
 
 State = Literal["new", "waiting", "running", "stopped", "done", "failed", "silent"]
-"""``waiting``: a cluster has it and has not begun; ``silent``: not heard of for a while, or its process is gone."""
+"""``waiting``: a cluster has it and has not begun; ``silent``: its process is gone, or, where that can't be seen from
+here, it was not heard of for a while."""
 SILENT_SECONDS = 120.0
+CLOCK_SECONDS = 60.0
+"""By how much a machine's clock may have been set since a process began."""
 BEGINNINGS = ("launch", "driver", "start")
 """Events by which a run begins again: a command was given, its driver runs on a cluster, an attempt trains."""
 
@@ -61,9 +64,12 @@ class Status:
     failure: str | None
 
 
-def status(run_url: str) -> Status:
-    """Read from storage alone, so that it answers when the cluster is gone. Raises InputError when there is no run."""
-    run = load(run_url)
+def status(run_url: str, run: RunManifest | None = None) -> Status:
+    """Read from storage alone, so that it answers when the cluster is gone. Raises InputError when there is no run.
+
+    ``run`` is its manifest, for who has read it already.
+    """
+    run = run or load(run_url)
     assert run is not None
     happened = events(run_url)
     logged = sorted(metrics(run_url, tail_bytes=1 << 16), key=lambda line: line["time"])  # not what an attempt lost
@@ -79,8 +85,10 @@ def status(run_url: str) -> Status:
         state = "running" if ends[-1]["event"] in BEGINNINGS else ends[-1]["event"]
         if ends[-1]["event"] == "launch" and "cluster" in ends[-1]:
             state = "waiting"
-        elif state == "running" and (time.time() - heard > SILENT_SECONDS or gone(happened)):
-            state = "silent"
+        elif state == "running":
+            living = lives(happened)
+            if living is False or (living is None and time.time() - heard > SILENT_SECONDS):
+                state = "silent"
     deaths = [e for e in happened if e["event"] == "restart"]
     causes: dict[str, int] = {}
     for death in deaths:
@@ -173,17 +181,21 @@ def launched(happened: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def gone(happened: list[dict[str, Any]]) -> bool:
-    """Whether the process that drove the run last is known to be no more; of other machines' nothing is known."""
+    """Whether the process that drove the run last is known to be no more."""
+    return lives(happened) is False
+
+
+def lives(happened: list[dict[str, Any]]) -> bool | None:
+    """Whether the process that drove the run last lives, and is not another of its number; None on other machines."""
+    import psutil
+
     launch = [e for e in happened if e["event"] in ("launch", "driver")][-1:]
     if not launch or launch[0].get("host") != socket.gethostname():
-        return False
+        return None
     try:
-        os.kill(launch[0]["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # it lives, as another user
-        pass
-    return False
+        return psutil.Process(launch[0]["pid"]).create_time() < launch[0]["time"] + CLOCK_SECONDS
+    except psutil.NoSuchProcess:
+        return False
 
 
 def names(runs: str) -> list[str]:

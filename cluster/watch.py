@@ -26,6 +26,10 @@ COLOURS = {
     "checkpoint": "blue", "evaluation": "magenta", "lost": "red", "recovery": "bright_red", "idle": "white",
 }  # fmt: skip
 ENDED = ("done", "stopped", "failed")
+BEGINNING = {
+    "start": "", "launch": "starting", "driver": "starting", "restart": "restarting", "resize": "changing its size",
+}  # fmt: skip
+"""What a run does between such an event and the start of an attempt."""
 
 
 def watch(run_url: str, console: Console, every: float = 0.5) -> None:
@@ -52,14 +56,14 @@ class Page:
         self._followers = [Follower(storage.join(run_url, f"{log}.jsonl")) for log in ("events", "metrics")]
         self.events = runs.events(run_url)
         self._lines = {line["step"]: line for line in runs.metrics(run_url)}
-        self.status = runs.status(run_url)
+        self.status = runs.status(run_url, manifest)
 
     def look(self) -> None:
         """Takes in what is new."""
         events, lines = (follower.new() for follower in self._followers)
         self.events += [event for event in events if event not in self.events[-50:]]
         self._lines |= {line["step"]: line for line in lines}
-        self.status = runs.status(self._url)
+        self.status = runs.status(self._url, self.manifest)
 
     def render(self, width: int) -> RenderableType:
         """The page for a terminal of that width."""
@@ -77,7 +81,11 @@ class Page:
     def _head(self) -> Text:
         s = self.status
         style = {"running": "green", "done": "blue", "failed": "red", "silent": "red", "stopped": "yellow"}
-        text = Text.assemble((s.state, f"bold {style.get(s.state, '')}"), f"  attempt {s.attempt}")
+        text = Text.assemble((s.state, f"bold {style.get(s.state, '')}"))
+        began = next((each for each in reversed(self.events) if each["event"] in BEGINNING), None)
+        if s.state == "running" and began and began["event"] != "start":
+            text.append(f", {BEGINNING[began['event']]} for {runs.clock(max(0.0, time.time() - began['time']))}")
+        text.append(f"  attempt {s.attempt}" if s.attempt else "")
         causes = ", ".join(f"{cause} {count}" for cause, count in s.causes.items())
         text.append(f"  restarts {s.restarts}" + (f" ({causes})" if causes else ""))
         committed = "none yet" if s.last_commit_step is None else f"step {s.last_commit_step}"

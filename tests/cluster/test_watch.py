@@ -1,14 +1,17 @@
 """The terminal page: bars that add up, sparklines that show what there is, a run from its storage alone."""
 
+import io
 import json
+import re
 import socket
 import subprocess
+import sys
 import time
 
 import pytest
 from rich.console import Console
 
-from cluster import watch
+from cluster import cli, runs, watch
 from pipelines import storage
 from trainer import manifest as manifests
 from trainer import run as folder
@@ -55,11 +58,56 @@ def test_the_page_says_how_it_stands(run_url):
         assert part in text, text
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_narrow_terminal_loses_no_word(run_url, monkeypatch):
+    monkeypatch.setattr("sys.stdout", Terminal())
+    monkeypatch.setenv("COLUMNS", "44")
+    monkeypatch.setenv("TERM", "xterm")
+    cli.watch(run_url)
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", sys.stdout.getvalue()).splitlines()
+    assert max(map(len, lines)) <= 44
+    text = " ".join(" ".join(line.strip("│ ") for line in lines).split())
+    assert "restarts 1 (killed 1) committed none yet" in text and "█ recovery 25%" in text, text
+
+
+def beginning(run_url, kind, **fields):
+    """Appends an event of 50 seconds ago."""
+    record = {"time": time.time() - 50, "event": kind, "attempt": 0, **fields}
+    storage.append_text(storage.join(run_url, "events.jsonl"), json.dumps(record) + "\n")
+
+
+def test_a_run_whose_process_lives_is_starting_however_long_that_takes(run_url, monkeypatch):
+    monkeypatch.setattr(runs, "SILENT_SECONDS", -1.0)
+
+    def head():
+        return watch.Page(folder.load(run_url), run_url)._head().plain
+
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        beginning(run_url, "launch", host=socket.gethostname(), pid=child.pid)
+        assert head().startswith("running, starting for 0m50s")
+        beginning(run_url, "start", from_step=0, world=2, workers=[])
+        assert head().startswith("running  attempt 1")
+        beginning(run_url, "restart", cause="killed", rank=1)
+        assert head().startswith("running, restarting for 0m50s")
+        beginning(run_url, "launch", host="elsewhere", pid=child.pid)
+        assert head().startswith("silent")
+        monkeypatch.setattr(runs, "CLOCK_SECONDS", -3600.0)
+        beginning(run_url, "launch", host=socket.gethostname(), pid=child.pid)
+        assert head().startswith("silent"), "a process of that number, begun after the launch, is another one"
+    finally:
+        child.kill()
+        child.wait()
+
+
 def test_a_run_that_fell_silent_says_since_when(run_url):
     gone = subprocess.Popen(["true"])
     gone.wait()
-    event = {"time": time.time() - 65, "event": "launch", "attempt": 0, "host": socket.gethostname(), "pid": gone.pid}
-    storage.append_text(storage.join(run_url, "events.jsonl"), json.dumps(event) + "\n")
+    beginning(run_url, "launch", host=socket.gethostname(), pid=gone.pid)
     console = Console(width=80, record=True)
     console.print(watch.Page(folder.load(run_url), run_url).render(80))
     text = console.export_text()
