@@ -23,13 +23,19 @@ GOODPUT = (
     ' / sum by (run) (rate(moviola_goodput_seconds_total{{run=~"{run}"}}[{window}]))'
 )
 GREEN, YELLOW, ORANGE, RED = "green", "yellow", "orange", "red"
+STATES = {"running": GREEN, "stopped": YELLOW, "done": "blue", "failed": RED}
 Steps = list[tuple[float | None, str]]
 
 
 def query(expression: str, legend: str = "", *, instant: bool = False) -> prometheus.Dataquery:
     """One query of a panel."""
     made = prometheus.Dataquery().expr(expression).legend_format(legend).datasource(SOURCE)
-    return made.instant().format(PromQueryFormat.TABLE) if instant else made.range()
+    return made.instant() if instant else made.range()
+
+
+def last(series: str) -> str:
+    """What was last heard in the page's range: runs that are over are not scraped any more."""
+    return f"last_over_time({series}[$__range])"
 
 
 def thresholds(steps: Steps) -> builders.ThresholdsConfig:
@@ -61,15 +67,15 @@ def curves(
 
 def figure(
     title: str, unit: str, expression: str, legend: str = "", *, text: str = "", limits: Steps | None = None,
-    named: bool = False, span: int = 3,
+    named: bool = False, instant: bool = False, span: int = 3,
 ) -> stat.Panel:  # fmt: skip
-    """One figure; ``named`` shows the series' name in place of its value."""
+    """One figure; ``named`` shows the series' name in place of its value, ``instant`` asks for the end of the range."""
     panel = stat.Panel().title(title).description(text).unit(unit).datasource(SOURCE).span(span).height(4)
     panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
-    panel.graph_mode(options.BigValueGraphMode.NONE if named else options.BigValueGraphMode.AREA)
+    panel.graph_mode(options.BigValueGraphMode.NONE if instant else options.BigValueGraphMode.AREA)
     panel.text_mode(options.BigValueTextMode.NAME if named else options.BigValueTextMode.VALUE)
     panel.thresholds(thresholds(limits or [(None, GREEN)]))
-    return panel.with_target(query(expression, legend))
+    return panel.with_target(query(expression, legend, instant=instant))
 
 
 def bars(title: str, unit: str, expression: str, legend: str, *, text: str = "", span: int = 8) -> bargauge.Panel:
@@ -118,7 +124,7 @@ def of_one_run(made: builders.Dashboard) -> builders.Dashboard:
             f"The run's {title.lower()}, from its own address: reachable where telemetry.bind lets it be"
         ))  # fmt: skip
     notes = {
-        "Restarts": (RED, f"sum by (cause) (increase({of_run('restarts_total')}[1m])) > 0"),
+        "Restarts": (RED, f"sum by (cause) ({of_run('restarts_total')} - {of_run('restarts_total')} offset 1m) > 0"),
         "Stages": ("blue", f"{of_run('stage')} == 1 unless {of_run('stage')} offset 1m == 1"),
     }
     for name, (colour, expression) in notes.items():
@@ -127,14 +133,23 @@ def of_one_run(made: builders.Dashboard) -> builders.Dashboard:
     return made
 
 
+MARKS = {"Restarts": "restart: {{cause}}", "Stages": "stage {{stage}}"}
+"""What a mark of these annotations says."""
+
+
 def run() -> builders.Dashboard:
     """Is it learning, is it fast, is it healthy?"""
     made = of_one_run(page("moviola-run", "Moviola: a run", "Is it learning, is it fast, is it healthy?"))
     rate = "[$__rate_interval]"
 
     made.with_row(builders.Row("At a glance"))
-    made.with_panel(figure("State", "none", f"{of_run('run_state')} == 1", "{{state}}", named=True))
-    made.with_panel(figure("Stage", "none", f"{of_run('stage')} == 1", "{{stage}}", named=True))
+    state = figure("State", "none", f"{last(of_run('run_state'))} == 1", "{{state}}", named=True, instant=True)
+    for name, colour in STATES.items():
+        shade = {"mode": "fixed", "fixedColor": colour}
+        state.override_by_name(name, [models.DynamicConfigValue(id_val="color", value=shade)])
+    made.with_panel(state)
+    stage = f"{last(of_run('stage'))} == 1"
+    made.with_panel(figure("Stage", "none", stage, "{{stage}}", named=True, instant=True))
     share = f"{of_run('step')} / {of_run('planned_steps')}"
     made.with_panel(figure("Done", "percentunit", share, text="Steps that the weights have had, of those planned."))
     made.with_panel(figure("Time left", "s", of_run("remaining_seconds"), text="At the present speed."))
@@ -245,28 +260,34 @@ def fleet() -> builders.Dashboard:
     price = builders.TextBoxVariable("price").label("Price of a worker-hour").default_value("1")
     made.with_variable(price)
     some = 'run=~"$run"'
-    cost = f"sum by (run) (moviola_rank_seconds_total{{{some}}}) / 3600 * $price"
-    for state, colour in (("running", GREEN), ("stopped", YELLOW), ("done", "blue"), ("failed", RED)):
-        count = f'sum(moviola_run_state{{state="{state}",{some}}})'
-        made.with_panel(figure(state.capitalize(), "none", count, limits=[(None, "text"), (1, colour)]))
-    made.with_panel(figure("Restarts", "none", f"sum(moviola_restarts_total{{{some}}})"))
-    made.with_panel(figure("Workers", "none", f"sum(moviola_workers{{{some}}})"))
-    made.with_panel(figure("Worker-hours", "h", f"sum(moviola_rank_seconds_total{{{some}}}) / 3600"))
-    made.with_panel(figure("Cost", "none", f"sum({cost})"))
 
+    def of(name: str, labels: str = some) -> str:
+        return last(f"moviola_{name}{{{labels}}}")
+
+    hours = f"sum by (run) ({of('rank_seconds_total')}) / 3600"
+    for state, colour in STATES.items():
+        count = of("run_state", f'state="{state}",{some}')
+        limits: Steps = [(None, "text"), (1, colour)]
+        made.with_panel(figure(state.capitalize(), "none", f"sum({count})", limits=limits, instant=True))
+    made.with_panel(figure("Restarts", "none", f"sum({of('restarts_total')})", instant=True))
+    made.with_panel(figure("Workers", "none", f"sum(moviola_workers{{{some}}})"))
+    made.with_panel(figure("Worker-hours", "h", f"sum({hours})", instant=True))
+    made.with_panel(figure("Cost", "none", f"sum({hours}) * $price", instant=True))
+
+    loss, psnr = of("loss", 'term="loss",' + some), of("evaluation_psnr_db", 'method="model",' + some)
     columns = [
-        ("state", f"max by (run, state) (moviola_run_state{{{some}}} == 1)"),
-        ("done", f"max by (run) (moviola_step{{{some}}} / moviola_planned_steps{{{some}}})"),
-        ("loss", f'max by (run) (moviola_loss{{term="loss",{some}}})'),
-        ("PSNR", f'max by (run) (moviola_evaluation_psnr_db{{method="model",{some}}})'),
+        ("state", f"max by (run, state) ({of('run_state')} == 1)"),
+        ("done", f"max by (run) ({of('step')} / {of('planned_steps')})"),
+        ("loss", f"max by (run) ({loss})"),
+        ("PSNR", f"max by (run) ({psnr})"),
         ("goodput", GOODPUT.format(run="$run", window="$__range")),
-        ("restarts", f"sum by (run) (moviola_restarts_total{{{some}}})"),
-        ("cost", cost),
+        ("restarts", f"sum by (run) ({of('restarts_total')})"),
+        ("cost", f"{hours} * $price"),
     ]
     rows = table.Panel().title("Runs").datasource(SOURCE).span(24).height(9).show_header(True)
     names = {"state": "State", "run": "Run"}
     for reference, (name, expression) in zip("ABCDEFG", columns, strict=True):
-        rows.with_target(query(expression, instant=True).ref_id(reference))
+        rows.with_target(query(expression, instant=True).format(PromQueryFormat.TABLE).ref_id(reference))
         names[f"Value #{reference}"] = name
     rows.with_transformation(models.DataTransformerConfig(id_val="merge", options={}))
     tidy = {"excludeByName": {"Time": True, "Value #A": True}, "renameByName": names}
@@ -279,11 +300,12 @@ def fleet() -> builders.Dashboard:
     made.with_panel(rows.unit("short"))
 
     goodput = GOODPUT.format(run="$run", window="$__rate_interval")
-    limits: Steps = [(None, RED), (0.7, GREEN)]
-    made.with_panel(curves("Goodput", "percentunit", (goodput, "{{run}}"), limits=limits, span=12))
+    low: Steps = [(None, RED), (0.7, GREEN)]
+    made.with_panel(curves("Goodput", "percentunit", (goodput, "{{run}}"), limits=low, span=12))
     made.with_panel(
         curves("Speed", "short", (f"moviola_clips_per_second{{{some}}}", "{{run}}"), text="Clips a second.", span=12)
     )
+    cost = f"sum by (run) (moviola_rank_seconds_total{{{some}}}) / 3600 * $price"
     lost = f'sum by (run) (increase(moviola_goodput_seconds_total{{cause=~"lost|recovery.*",{some}}}[1h]))'
     made.with_panel(curves("Lost and recovering", "s", (lost, "{{run}}"), text="Seconds of the last hour.", span=12))
     made.with_panel(curves("Cost by run", "short", (cost, "{{run}}"), span=12))
@@ -299,6 +321,8 @@ def render(name: str) -> str:
     del plain["style"]  # Grafana 10's; dropped since, as are the variables' numbers
     for each in plain["templating"]["list"]:
         del each["id"]
+    for note in plain.get("annotations", {}).get("list", ()):
+        note["titleFormat"] = MARKS[note["name"]]  # the builder has no word for it
     for number, panel in enumerate(plain["panels"], 1):
         panel["id"] = number
     return json.dumps(plain, indent=1, sort_keys=True) + "\n"

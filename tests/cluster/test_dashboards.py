@@ -56,6 +56,22 @@ def test_every_panel_has_a_unit_a_title_of_its_own_and_room(page):
         taken |= cells
 
 
+def test_a_name_that_is_shown_is_the_last_one_and_a_mark_says_what_it_marks():
+    named = [panel for panel in panels("run") if panel.get("options", {}).get("textMode") == "name"]
+    assert [panel["title"] for panel in named] == ["State", "Stage"]
+    for (target,) in (panel["targets"] for panel in named):
+        assert target["instant"] and not target["range"] and target["expr"].startswith("last_over_time(")
+    for page in ("run", "data"):
+        notes = json.loads((dashboards.FOLDER / f"{page}.json").read_text())["annotations"]["list"]
+        assert [note["titleFormat"] for note in notes] == ["restart: {{cause}}", "stage {{stage}}"]
+
+
+def test_runs_that_are_over_stay_in_the_fleet():
+    told = [panel for panel in panels("fleet") if panel["type"] in ("stat", "table") and panel["title"] != "Workers"]
+    for expression in (target["expr"] for panel in told for target in panel["targets"]):
+        assert "[$__range]" in expression, expression
+
+
 @pytest.fixture(scope="module")
 def exported(small_dataset):
     """Names of every sample that a run of any recipe can show."""

@@ -187,6 +187,8 @@ def test_the_address_of_the_run_is_all_that_prometheus_is_told(watched: Watched)
         assert any(float(value) == 1 for _, value in series["values"])
     (ended,) = watched.prometheus.values('moviola_run_state{state="done"}')
     assert ended["values"][-1][1] == "1", "Prometheus has seen the end"
+    (last,) = watched.prometheus.ask("query", query="last_over_time(moviola_run_state[15m]) == 1")["result"]
+    assert last["metric"]["state"] == "done", "a run is in one state, and stays there when it is scraped no more"
     (restarts,) = watched.prometheus.values('moviola_restarts_total{cause="killed"}')
     assert {value for _, value in restarts["values"]} == {"0", "1"}
 
