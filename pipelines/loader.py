@@ -18,6 +18,7 @@ import math
 import queue
 import threading
 import time
+import weakref
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -153,6 +154,7 @@ class Loader:
                 batches = run.take(current)
                 self._next_step = current + 1
                 yield current, batches
+                del batches  # its memory can take what is read next
         finally:
             run.close()
 
@@ -286,6 +288,26 @@ class _Jobs:
         return heapq.heappop(self.heap)[2]
 
 
+class _Memory:
+    """Memory for micro-batches, used again once no tensor is left that shares it: new memory costs page faults, up to a
+    tenth of what decoding into it does.
+    """
+
+    def __init__(self) -> None:
+        self.free: list[np.ndarray] = []
+
+    def empty(self, shape: tuple[int, ...]) -> Tensor:
+        """A float32 tensor whose values are whatever was there; one thread asks."""
+        size, free = math.prod(shape), self.free
+        at = next((at for at, whole in enumerate(free) if whole.size == size), None)
+        if at is None and free:
+            del free[0]
+        whole = np.empty(size, np.float32) if at is None else free.pop(at)
+        lent = whole[:]  # what the tensor, and all that share its memory, keep alive
+        weakref.finalize(lent, free.append, whole).atexit = False
+        return torch.from_numpy(lent).view(shape)
+
+
 class _Run:
     """Threads and queues of one iteration."""
 
@@ -295,6 +317,7 @@ class _Run:
         self.steps: dict[int, _Step] = {}
         self.reads = _Jobs()
         self.decodes = _Jobs()
+        self.memory = _Memory()
         self.changed = threading.Condition(loader._lock)
         self.progress = 0
         self.error: BaseException | None = None
@@ -364,7 +387,7 @@ class _Run:
         frames = 0 if loader.layout else plan.rule.frames
         micros = []
         for part in shares:
-            pixels_BCTHW = torch.empty((part.count, 3, frames, *plan.size))
+            pixels_BCTHW = self.memory.empty((part.count, 3, frames, *plan.size))
             arrays, masks = empty(loader.layout, part.count)
             micros.append(_Micro(part, pixels_BCTHW, pixels_BCTHW.unbind(), arrays, masks, [None] * part.count))
         clips = sum(part.count for part in shares)
@@ -393,6 +416,7 @@ class _Run:
                         break
                     if job is not None:
                         self._guarded(self._decode, job)
+                    del job
             else:
                 with self.changed:
                     self.changed.wait_for(lambda: not step.left or self.error is not None, self.loader.timeout_seconds)
@@ -421,6 +445,7 @@ class _Run:
             job = jobs.get()
             if job is not None:
                 self._guarded(handle, job)
+            del job  # it holds its step's memory, and the next one may be long in coming
 
     def _help(self) -> None:
         """Decodes until the first step is whole."""
@@ -428,6 +453,7 @@ class _Run:
             job = self.decodes.get()
             if job is not None:
                 self._guarded(self._decode, job)
+            del job
         self.decodes.put(-1, None)  # the training thread may wait for a job that this one did
 
     def _guarded(self, handle: Callable[[Any], None], job: Any) -> None:

@@ -104,6 +104,23 @@ def reference(dataset: Dataset) -> Trained:
     return trained([make(dataset, workers=0, read_ahead=1)])
 
 
+def test_memory_is_used_again_but_never_while_someone_holds_a_view_of_it(dataset: Dataset) -> None:
+    places, held = [], []
+    for step, batches in make(dataset, steps=24, micro_batch=BATCH).iter_from(0):
+        pixels_BCTHW = batches[0].pixels_BCTHW
+        places.append(pixels_BCTHW.data_ptr())
+        if step == 3:
+            held = [pixels_BCTHW[1, 2], pixels_BCTHW.view(-1).numpy()]
+            kept = [held[0].clone(), held[1].copy()]
+        if step == 12:
+            assert places[3] not in places[4:], "held"
+            assert torch.equal(held[0], kept[0]) and (held[1] == kept[1]).all()
+            held.clear()
+        del batches, pixels_BCTHW
+    assert len(set(places)) <= 6, "as many as are under way, and the one that was held"
+    assert places[3] in places[13:]
+
+
 def test_clips_stand_where_the_order_says(dataset: Dataset, reference: Trained) -> None:
     mixture = Mixture(make(dataset)._mixtures["video"].seed, [dataset.clips], None, 2)
     assert sorted(reference) == list(range(6 * BATCH))
