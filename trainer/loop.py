@@ -163,7 +163,7 @@ def _train(
     everyone = _everyone(world, telemetry.address)
     telemetry.event("start", from_step=first, world=world.size, workers=everyone, launch=launch)
     own = recipe.teachers()
-    teachers = _frozen({**own, **models_of(stage)}, world)
+    teachers = _frozen({**own, **models_of(recipe, stage)}, world)
     saver = checkpoint.Checkpointer(
         run_url, lease, rank=world.rank, world=world.size, keep=manifest.checkpoint.keep,
         timeout=manifest.checkpoint.timeout_seconds, before_commit=telemetry.flush, committed=first or None,
@@ -202,7 +202,7 @@ def _train(
                 with ledger.span("startup" if step > first else ledger.cause):
                     if step > first:
                         if stage.teachers != schedule.stage(step - 1).teachers:
-                            teachers = _frozen({**own, **models_of(stage)}, world)
+                            teachers = _frozen({**own, **models_of(recipe, stage)}, world)
                         engine.next_stage(stage, spec)
                         adversary = adversaries.enter(adversary, manifest, step, world.device)
                     if stage.init_from is not None:

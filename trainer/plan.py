@@ -144,7 +144,7 @@ def _activations(manifest: RunManifest, model: nn.Module) -> tuple[float | None,
         with contextlib.redirect_stdout(sys.stderr):  # torch says there what it downloads
             teachers = recipe.teachers()
             for stage in schedule.stages:
-                teachers.update(models_of(stage))
+                teachers.update(models_of(recipe, stage))
     except InputError as error:
         return None, str(error)
     mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -61,7 +62,9 @@ def claim(run: RunManifest, runs: str, launch: Mapping[str, Any] | None = None) 
 
 
 def data_faults(run: RunManifest) -> list[str]:
-    """Datasets that are not there or damaged, and those whose clips are too short for a stage or the evaluation."""
+    """Datasets that are not there or damaged, those whose clips are too short for a stage or the evaluation, and
+    teachers that were trained on latents of other clips than their stage's.
+    """
     refs = [(f"data.train.{i}.dataset", ref) for i, ref in enumerate(run.data.train)]
     refs += [(f"data.images.{i}.dataset", ref) for i, ref in enumerate(run.data.images)]
     refs += [("data.eval", manifest.DatasetRef(dataset=run.data.eval))] if run.data.eval else []
@@ -85,7 +88,32 @@ def data_faults(run: RunManifest) -> list[str]:
                     f"takes {last.clip.frames}, as stage {last.name!r}. Pack longer clips, or set "
                     "evaluation.every_steps: null"
                 )
+    for stage in run.schedule.stages:
+        for name, url in stage.teachers.items():
+            with contextlib.suppress(InputError):  # of a teacher that is not there, claim and models_of speak
+                teacher = load(_run_of(storage.absolute(url)))
+                if teacher and (line := _other_clips(run.loaded_recipe, stage, teacher.loaded_recipe)):
+                    faults.append(f"stages.{stage.name}.teachers.{name}: {line}")
     return faults
+
+
+def _other_clips(recipe: Recipe, stage: Stage, teacher: Recipe) -> str | None:
+    """Why the stage's latents are not those that the teacher, if it is a latent diffusion model, was trained on."""
+    if not (recipes.samples(teacher) and recipes.codes(recipe)):
+        return None
+    layout = teacher.layout
+    known = {name: tensor.shape for name, tensor in layout.tensors.items()}
+    for height, width in stage.clip.sizes:
+        shapes = recipe.latent(stage.clip.frames, height, width).shapes
+        for name, shape in known.items():
+            if tuple(shapes.get(name, ())) != tuple(shape):
+                return (
+                    f"its latents are of {layout.frames} frames of {layout.height} x {layout.width} pixels (latent "
+                    f"{name!r} {'x'.join(map(str, shape))}), and the stage has clips of {stage.clip.frames} frames of "
+                    f"{height} x {width}. Set stages.{stage.name}.clip to {{frames: {layout.frames}, sizes: "
+                    f"[[{layout.height}, {layout.width}]]}}, or train a diffusion model on latents of the stage's clips"
+                )
+    return None
 
 
 def _other_kind(recipe: Recipe, dataset: index.Dataset) -> str | None:
@@ -162,6 +190,11 @@ def load(run_url: str, *, missing_ok: bool = False) -> RunManifest | None:
     return manifest.validate(manifest.parse(text, run_url), run_url)
 
 
+def _run_of(url: str) -> str:
+    """The folder of the run that a checkpoint lies in, or that ``url`` is."""
+    return re.sub(r"/checkpoints/step-\d{8,}/?$", "", url)
+
+
 def is_done(run: RunManifest, run_url: str) -> bool:
     """Whether the last step is committed, and evaluated where the manifest asks for it."""
     steps = run.schedule.steps
@@ -193,8 +226,7 @@ def open_model(
     ``sets`` change fields of the model that change no weights. Raises InputError when there is no such run or
     checkpoint, when it is damaged, and for a field that can't be set.
     """
-    run_url = re.sub(r"/checkpoints/step-\d{8,}/?$", "", url)
-    stored = load(run_url)
+    stored = load(_run_of(url))
     assert stored is not None
     recipe = manifest.changed_model(stored.loaded_recipe, sets)
     model = recipes.skeleton(recipe)
@@ -203,15 +235,18 @@ def open_model(
     return Trained(stored, recipe, model.eval().requires_grad_(False), url)
 
 
-def models_of(stage: Stage) -> dict[str, nn.Module]:
-    """The models of the runs that the stage names as teachers, each built by the recipe of its own manifest.
+def models_of(recipe: Recipe, stage: Stage) -> dict[str, nn.Module]:
+    """The models of the runs that the recipe's stage names as teachers, each built by the recipe of its own manifest.
 
-    Raises InputError where one is not there.
+    Raises InputError where one is not there, or was trained on latents of other clips than the stage's.
     """
     models = {}
     for name, url in stage.teachers.items():
         try:
-            models[name] = open_model(url).model
+            teacher = open_model(url)
+            if line := _other_clips(recipe, stage, teacher.recipe):
+                raise InputError(line)
+            models[name] = teacher.model
         except InputError as error:
             raise InputError(f"stages.{stage.name}.teachers.{name}: {error}", status=error.status) from None
     return models

@@ -210,7 +210,8 @@ def test_the_predictor_counts(post: Runs, dit: Runs) -> None:
     post.train("other", 2, f"teachers.predictor={other}", "zero.stage=2")
     assert set(post.losses("other")) == set(post.losses("post"))
     assert post.fingerprint("other")["weights"] != post.fingerprint("post")["weights"]
-    same = run.models_of(manifests.load(post.smoke).schedule.stages[0])["predictor"]
+    wanted = manifests.load(post.smoke)
+    same = run.models_of(wanted.loaded_recipe, wanted.schedule.stages[0])["predictor"]
     assert not same.training and not any(p.requires_grad for p in same.parameters())
 
 
@@ -230,6 +231,21 @@ def test_teachers_that_are_missing_or_of_no_use_are_said(post: Runs, codec: Runs
     shutil.copytree(post.folder / "post", post.folder / "orphan")
     plain = yaml.safe_load(Path(post.url("orphan"), "manifest.yaml").read_text())
     plain["stages"]["post"]["teachers"]["predictor"] = f"{tmp_path}/gone/checkpoints/step-00000001"
-    stage = manifests.validate(plain, "m").schedule.stages[0]
+    gone = manifests.validate(plain, "m")
     with pytest.raises(InputError, match=r"stages.post.teachers.predictor: no run at .*gone"):
-        run.models_of(stage)
+        run.models_of(gone.loaded_recipe, gone.schedule.stages[0])
+
+
+def test_a_predictor_of_other_clips_is_refused_before_a_step(post: Runs) -> None:
+    wide = manifests.load(post.smoke, ["clip.sizes=[[32, 32], [32, 56]]"])
+    said = (
+        r"stages.post.teachers.predictor: its latents are of 5 frames of 32 x 32 pixels \(latent 'structural' "
+        r"4x2x2x2\), and the stage has clips of 5 frames of 32 x 56. Set stages.post.clip to \{frames: 5, "
+    )
+    (fault,) = run.data_faults(wide)
+    assert re.match(said, fault)
+    with pytest.raises(InputError, match=said):
+        run.models_of(wide.loaded_recipe, wide.schedule.stages[0])
+    facts = plan.dry_run(wide)
+    assert facts["memory"][0]["activations"] is None and re.match(said, facts["memory"][0]["why"])
+    assert run.data_faults(manifests.load(post.smoke)) == []
