@@ -191,3 +191,30 @@ def test_ucf101(tmp_path):
     summary = pack(archive, tmp_path / "made", rules)
     sides = [{info["source"].split("/")[0] for _, info, _ in clips(url)} for url in summary.datasets.values()]
     assert sorted(map(sorted, sides)) == [["Archery"], ["Bowling"]]
+
+
+def test_sky_timelapse(tmp_path):
+    archive, rules = published("sky-timelapse", tmp_path, size=(32, 32), holdout=0.5)
+    for number, folder in enumerate(
+        ("0nBhmQSzkTc/0nBhmQSzkTc_1", "0nBhmQSzkTc/0nBhmQSzkTc_2", "-3B32lodo2M/-3B32lodo2M_1")
+    ):
+        (archive / "sky_train" / folder).mkdir(parents=True)
+        for t, frame in enumerate(scene(number, 40 if number else 10)):
+            path = archive / "sky_train" / folder / f"{folder[:11]}_frames_{t + 1:08d}.jpg"
+            av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24").save(str(path))
+    summary = pack(archive, tmp_path / "made", rules)
+    assert [len(reasons) for reasons in summary.skipped.values()] == [1], "one has 10 frames"
+    sides = [[info["source"][:11] for _, info, _ in clips(url)] for url in summary.datasets.values()]
+    assert sorted(map(set, sides), key=str) == [{"-3B32lodo2M"}, {"0nBhmQSzkTc"}]
+
+
+def test_taichi_hd(tmp_path):
+    archive, rules = published("taichi-hd", tmp_path, size=(32, 32), holdout=0.5)
+    for number, name in enumerate(
+        ("aDyyTMUBoLE#000164#000351", "aDyyTMUBoLE#000400#000600", "-3B32lodo2M#000000#000100")
+    ):
+        write(archive / "train" / f"{name}.mp4", scene(number, 20))
+        write(archive / "test" / f"{name}.mp4", scene(number, 20))
+    summary = pack(archive, tmp_path / "made", rules)
+    sides = [[info["source"][:11] for _, info, _ in clips(url)] for url in summary.datasets.values()]
+    assert sorted(map(set, sides), key=str) == [{"-3B32lodo2M"}, {"aDyyTMUBoLE"}] and sum(map(len, sides)) == 3
