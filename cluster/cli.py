@@ -154,17 +154,16 @@ def submit(
 
     The same command goes on with a run that was stopped, at another size or on another cluster if asked.
     """
-    from trainer import manifest as manifests
-
-    wanted = manifests.load(manifest, sets or [], name=name)
-    if not dry_run:
-        _submit(wanted, runs, cluster, follow, as_json)
-        return
     from cluster import kubernetes
     from cluster import submit as submitting
+    from trainer import manifest as manifests
     from trainer import run as folder
 
     submitting.known(cluster)
+    wanted = manifests.load(manifest, sets or [], name=name, judge=lambda sound: submitting.judge(sound, runs, cluster))
+    if not dry_run:
+        _submit(wanted, runs, cluster, follow, as_json)
+        return
     run_url = folder.url_of(runs, wanted.name)
     if cluster == "kubernetes" and wanted.kubernetes is not None:
         job = kubernetes.render(wanted, run_url, f"{wanted.name}-000000", submitting.environment())

@@ -92,8 +92,8 @@ def inspect(manifest: RunManifest, run_url: str) -> None:
 
     ray.init(log_to_driver=False, logging_level="ERROR")
     try:
-        memory = plan.dry_run(manifest)["memory"][0]
-        faults = list(_machines(manifest, ray.nodes(), run_url)) + list(_probed(manifest, memory, run_url))
+        facts = plan.dry_run(manifest)
+        faults = list(_machines(manifest, ray.nodes(), run_url)) + list(_probed(manifest, facts, run_url))
     finally:
         ray.shutdown()
     if faults:
@@ -126,13 +126,14 @@ def _machines(manifest: RunManifest, nodes: list[dict[str, Any]], run_url: str) 
         yield f"{fault}. Lower workers.count, cpus or gpus, or add machines"
 
 
-def _probed(manifest: RunManifest, memory: dict[str, Any], run_url: str) -> Iterator[str]:
-    """Storage and memory, seen from each machine that can hold a worker."""
+def _probed(manifest: RunManifest, facts: dict[str, Any], run_url: str) -> Iterator[str]:
+    """Storage, disk and memory, seen from each machine that can hold a worker."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     data = manifest.data
     datasets = [ref.dataset for ref in (*data.train, *data.images)] + ([data.eval] if data.eval else [])
+    memory = facts["memory"][0]
     needed = submit.host_bytes(manifest, memory)
     waiting = {}
     for node in [n for n in ray.nodes() if n["Alive"] and room(manifest, n["Resources"])][:PROBES]:
@@ -140,7 +141,7 @@ def _probed(manifest: RunManifest, memory: dict[str, Any], run_url: str) -> Iter
             num_cpus=0, num_gpus=manifest.workers.gpus, max_retries=0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
         )  # fmt: skip
-        waiting[probe.remote(run_url, datasets, node["NodeID"])] = node
+        waiting[probe.remote(run_url, datasets)] = node
     ready, late = ray.wait(list(waiting), num_returns=len(waiting), timeout=PROBE_SECONDS) if waiting else ([], [])
     for answer in late:
         yield f"machine {waiting[answer]['NodeManagerAddress']}: no answer after {PROBE_SECONDS:g} s. Is it overloaded?"
@@ -161,20 +162,22 @@ def _probed(manifest: RunManifest, memory: dict[str, Any], run_url: str) -> Iter
                 f"{seen['memory'] / 2**30:.1f}. Lower batch, micro_batch or data.memory_mb, or raise workers.cpus"
             )
         yield from submit.gpu_faults(memory, seen["gpus"])
+        for fault in submit.disk_faults(manifest, facts["checkpoint_bytes"], run_url, seen["disk"]):
+            yield f"machine {where}: {fault}"
 
 
-def _probe(run_url: str, datasets: list[str], node: str) -> dict[str, Any]:
+def _probe(run_url: str, datasets: list[str]) -> dict[str, Any]:
     """What a worker on this machine would meet."""
     import psutil
 
     faults = []
     try:
         storage.read_bytes(storage.join(run_url, "manifest.yaml"))
-        mark = storage.join(run_url, f".probe-{node[:12]}")
-        storage.write_bytes(mark, b"")
-        storage.delete(mark)
+        fault = submit.unwritable(run_url)
     except InputError as error:
-        faults.append(f"the run's storage can't be read and written: {error}")
+        fault = str(error)
+    if fault:
+        faults.append(f"the run's storage can't be read and written: {fault}")
     for url in datasets:
         try:
             storage.size(storage.join(url, "index.json"))
@@ -185,7 +188,8 @@ def _probe(run_url: str, datasets: list[str], node: str) -> dict[str, Any]:
         import torch
 
         gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-    return {"faults": faults, "memory": psutil.virtual_memory().total, "gpus": gpus}
+    memory = psutil.virtual_memory().total
+    return {"faults": faults, "memory": memory, "gpus": gpus, "disk": submit.free_bytes(run_url)}
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ manifests/kubernetes/rayjob.yaml is a rendered one, with the meaning of each fie
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import shlex
@@ -205,9 +207,10 @@ def connect() -> Any:
     except ImportError:
         raise InputError("the kubernetes client is missing: pip install 'moviola[kubernetes]'", status=2) from None
     try:
-        config.load_config()
+        with contextlib.redirect_stdout(io.StringIO()):  # what it prints of a file that is not there
+            config.load_config()
     except (config.ConfigException, FileNotFoundError, OSError) as error:
-        message = storage.redact(str(error).splitlines()[0])
+        message = storage.redact(str(error).splitlines()[0]).rstrip(".")
         raise InputError(f"no Kubernetes cluster is named: {message}. Set KUBECONFIG", status=2) from None
     return client.CustomObjectsApi()
 

@@ -36,6 +36,8 @@ PASSED_ON = ("MOVIOLA_S3_ENDPOINT", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_END
 """Variables that a cluster's workers get from here. Keys are none of them: a cluster has its own, or roles."""
 PROCESS_BYTES = 3 << 30
 """Python, torch and DeepSpeed of one rank, beside data and state."""
+SCRATCH_BYTES = 2 << 30
+"""A pod's scratch, beside the model's weights from a hub: Ray's logs, TensorBoard's files, the networks of losses."""
 FASTEST_BYTES_PER_SECOND = 1 << 30
 """More than one worker uploads; a checkpoint that takes too long at this rate takes too long at any."""
 ENDED = {"SUCCEEDED": "done", "STOPPED": "stopped", "FAILED": "failed"}
@@ -136,7 +138,7 @@ def _ray(address: str) -> Any:
         socket.create_connection((parts.hostname, parts.port or 80), 5).close()
         return JobSubmissionClient(address)
     except (OSError, ConnectionError, RuntimeError) as error:
-        reason = storage.redact(str(error).strip().splitlines()[0][:300])
+        reason = storage.redact(str(error).strip().splitlines()[0][:300]).rstrip(".")
         raise InputError(
             f"no Ray answers at {address}: {reason}. It is the dashboard's address, port 8265 unless it was moved; "
             "RAY_AUTH_TOKEN holds the token where the cluster wants one"
@@ -152,7 +154,11 @@ def judge(manifest: RunManifest, runs_url: str, target: str) -> Iterator[str]:
     """What only shows of the manifest and the target together: field, value, reason, remedy."""
     if target == "kubernetes" and manifest.kubernetes is None:
         yield kubernetes.MISSING
-    yield from _places(manifest, runs_url, target)
+    places = list(_places(manifest, runs_url, target))
+    yield from places
+    fault = None if places else unwritable(runs_url)
+    if fault:
+        yield f"--runs: {fault}"
     data = folder.data_faults(manifest)
     yield from data
     try:
@@ -163,29 +169,29 @@ def judge(manifest: RunManifest, runs_url: str, target: str) -> Iterator[str]:
         return
     fewest = facts["memory"][0]
     share, seconds = facts["checkpoint_bytes"] / fewest["workers"], manifest.failure.grace_seconds
-    if LEAVE_SECONDS + 2 * share / FASTEST_BYTES_PER_SECOND > seconds:
+    if seconds > LEAVE_SECONDS and LEAVE_SECONDS + 2 * share / FASTEST_BYTES_PER_SECOND > seconds:
         yield (
-            f"failure.grace_seconds: {seconds:g}: each of {fewest['workers']} workers commits {_gib(share)} twice in "
-            "the notice, too much even at 1 GiB/s. Raise workers.count, or this where the notice is longer"
+            f"failure.grace_seconds: {seconds:g}: each of {fewest['workers']} workers commits {_size(share)} twice "
+            "in the notice, too much even at 1 GiB/s. Raise workers.count, or this where the notice is longer"
         )
     spec = manifest.kubernetes
     if target == "kubernetes" and spec is not None:
         needed, has = host_bytes(manifest, fewest) * spec.workers_per_pod, spec.memory_gb << 30
         if needed > has:
             yield (
-                f"kubernetes.memory_gb: {spec.memory_gb}: {spec.workers_per_pod} workers need about {_gib(needed)} for "
-                "data, model states and Python itself. Raise it, or lower batch, micro_batch or data.memory_mb"
+                f"kubernetes.memory_gb: {spec.memory_gb}: {spec.workers_per_pod} workers need about {_size(needed)} "
+                "for data, model states and Python itself. Raise it, or lower batch, micro_batch or data.memory_mb"
+            )
+        needed, has = SCRATCH_BYTES + 4 * facts["parameters"]["total"], spec.disk_gb << 30
+        if needed > has:
+            yield (
+                f"kubernetes.disk_gb: {spec.disk_gb}: Ray's logs, and the weights that a hub gives, take up to "
+                f"{_size(needed)}, and a pod that writes more is evicted. Raise it"
             )
     if target == "local":
         yield from _here(manifest, fewest)
-        if not storage.is_remote(runs_url):
-            kept = facts["checkpoint_bytes"] * (manifest.checkpoint.keep + 1)
-            free = shutil.disk_usage(_existing(runs_url)).free
-            if kept > free:
-                yield (
-                    f"checkpoint.keep: {manifest.checkpoint.keep}: that many checkpoints and one in the making take "
-                    f"{_gib(kept)}, and {runs_url} has {_gib(free)} free. Lower it, or name another folder (--runs)"
-                )
+    if target == "local" and not fault:
+        yield from disk_faults(manifest, facts["checkpoint_bytes"], runs_url, free_bytes(runs_url))
 
 
 def _places(manifest: RunManifest, runs_url: str, target: str) -> Iterator[str]:
@@ -208,9 +214,15 @@ def _places(manifest: RunManifest, runs_url: str, target: str) -> Iterator[str]:
                 f"{field}: {storage.redact(url)}: keys in a URL would stand in the cluster's list of jobs. Give the "
                 "cluster's machines keys or a role of their own"
             )
-        elif not storage.is_remote(url) and target == "kubernetes":
+            continue
+        try:
+            remote = storage.is_remote(url)
+        except InputError as error:
+            yield f"{field}: {error}"
+            continue
+        if not remote and target == "kubernetes":
             yield f"{field}: {url}: a folder of this machine, which pods don't have. Use s3://BUCKET/PREFIX"
-        elif not storage.is_remote(url) and not near_by and not url.startswith(("/", "file:")):
+        elif not remote and not near_by and not url.startswith(("/", "file:")):
             yield (
                 f"{field}: {url}: a folder of this machine. Use s3://BUCKET/PREFIX, or the full path of a folder that "
                 "all machines of the cluster share"
@@ -222,6 +234,43 @@ def _places(manifest: RunManifest, runs_url: str, target: str) -> Iterator[str]:
         yield (
             f"{name}: {storage.redact(endpoint)}: this machine's loopback, where the cluster's machines "
             "find nothing. Name the store as they see it"
+        )
+
+
+def unwritable(url: str) -> str | None:
+    """Why nothing can be written to a folder or prefix, or to where it would be made; None where it can.
+
+    Leaves nothing there.
+    """
+    try:
+        if storage.is_remote(url):
+            mark = storage.join(url, f".probe-{secrets.token_hex(4)}")
+            storage.write_bytes(mark, b"")
+            storage.delete(mark)
+        else:
+            here = _existing(url)
+            tempfile.TemporaryFile(dir=here).close()
+    except InputError as error:
+        return str(error)
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        return f"{url}: {here} can't be written by user {os.getuid()}: {why}. Mend that, or name another folder"
+    return None
+
+
+def free_bytes(url: str) -> int | None:
+    """What is free on the disk of a folder; None of a store, which has no end."""
+    return None if storage.is_remote(url) else shutil.disk_usage(_existing(url)).free
+
+
+def disk_faults(manifest: RunManifest, checkpoint_bytes: int, url: str, free: int | None) -> Iterator[str]:
+    """Whether ``free`` bytes hold the checkpoints that are kept."""
+    keep = manifest.checkpoint.keep
+    kept = checkpoint_bytes * (keep + 1)
+    if free is not None and kept > free:
+        yield (
+            f"checkpoint.keep: {keep}: that many checkpoints and one in the making take {_size(kept)}, and {url} has "
+            f"{_size(free)} free. Lower it, or name another folder (--runs)"
         )
 
 
@@ -249,8 +298,8 @@ def _here(manifest: RunManifest, memory: Mapping[str, Any]) -> Iterator[str]:
     needed, has = host_bytes(manifest, memory) * workers.least, psutil.virtual_memory().total
     if needed > has:
         yield (
-            f"workers.count: {workers.least}: they need about {_gib(needed)} of memory, this machine has {_gib(has)}. "
-            "Lower it, batch, micro_batch or data.memory_mb"
+            f"workers.count: {workers.least}: they need about {_size(needed)} of memory, this machine has "
+            f"{_size(has)}. Lower it, batch, micro_batch or data.memory_mb"
         )
     if not workers.gpus:
         return
@@ -268,13 +317,13 @@ def gpu_faults(memory: Mapping[str, Any], sizes: list[int]) -> Iterator[str]:
     needed = memory["model_states"] + (memory["activations"] or 0)
     if sizes and needed > min(sizes):
         yield (
-            f"micro_batch: a rank keeps about {_gib(needed)} on its GPU, which has {_gib(min(sizes))}. Lower it, "
+            f"micro_batch: a rank keeps about {_size(needed)} on its GPU, which has {_size(min(sizes))}. Lower it, "
             "raise zero.stage or workers.count, or set the model's recomputation"
         )
 
 
-def _gib(count: float) -> str:
-    return f"{count / 2**30:,.1f} GiB"
+def _size(count: float) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count >= 1 << 30 else f"{count / 2**20:,.1f} MiB"
 
 
 def _existing(path: str) -> Path:

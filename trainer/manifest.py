@@ -7,11 +7,12 @@ step counts; architecture and the order of stages belong to the recipe.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import ipaddress
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -368,11 +369,17 @@ def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def load(source: str | Path, sets: Sequence[str] = (), *, name: str | None = None) -> RunManifest:
+Judge = Callable[[RunManifest], Iterable[str]]
+"""Faults of a manifest that only its target has."""
+
+
+def load(
+    source: str | Path, sets: Sequence[str] = (), *, name: str | None = None, judge: Judge | None = None
+) -> RunManifest:
     """Reads, changes and judges a manifest.
 
     ``source`` is a path or URL, ``sets`` are ``a.b=value`` with YAML values, ``name`` replaces the run's name. Raises
-    InputError with every fault on a line of its own.
+    InputError with every fault on a line of its own, those of ``judge`` too; a manifest without faults it is not given.
     """
     text = strict_yaml.read(str(source), "manifest")
     plain = parse(text, str(source))
@@ -380,7 +387,7 @@ def load(source: str | Path, sets: Sequence[str] = (), *, name: str | None = Non
         _set(plain, change)
     if name is not None:
         plain["name"] = name
-    return validate(plain, str(source))
+    return validate(plain, str(source), judge)
 
 
 def named_datasets(source: str) -> list[str]:
@@ -395,8 +402,8 @@ def named_datasets(source: str) -> list[str]:
     return list(dict.fromkeys(urls))
 
 
-def validate(plain: Mapping[str, Any], where: str) -> RunManifest:
-    """Judges parsed YAML as a whole; raises InputError with all faults."""
+def validate(plain: Mapping[str, Any], where: str, judge: Judge | None = None) -> RunManifest:
+    """Judges parsed YAML as a whole; raises InputError with all faults: of fields, and what the others show jointly."""
     faults: list[str] = []
     manifest: RunManifest | None = None
     try:
@@ -405,8 +412,13 @@ def validate(plain: Mapping[str, Any], where: str) -> RunManifest:
         faults += _explain(error, RunManifest)
     if isinstance(plain.get("recipe"), str):
         faults += _recipe_faults(plain["recipe"], plain)
-    if manifest is not None:
+    if faults:
+        sound, places = _sound(plain, faults)
+        told = [*_joint(sound), *(judge(sound) if judge else ())] if sound is not None else []
+        faults += [line for line in told if not any(re.search(rf"\b{re.escape(place)}\b", line) for place in places)]
+    elif manifest is not None:
         faults += _joint(manifest)
+        faults += judge(manifest) if faults and judge else ()
     if manifest is not None and not faults:
         faults += _switches(plain, manifest.resolved())
     if faults:
@@ -415,6 +427,32 @@ def validate(plain: Mapping[str, Any], where: str) -> RunManifest:
         raise InputError(f"{where}: {count} in the manifest:\n  {listing}", status=2)
     assert manifest is not None
     return manifest
+
+
+def _sound(plain: Mapping[str, Any], faults: Sequence[str]) -> tuple[RunManifest | None, list[str]]:
+    """What is left of a manifest without the fields at fault, where that is one; and the places of those fields."""
+    rest: Any = copy.deepcopy(dict(plain))
+    places = [line.partition(": ")[0] for line in faults]
+    for place in places:
+        node, holder, last = rest, None, ""
+        for key in place.split("."):
+            if isinstance(node, dict) and key in node:
+                node, holder, last = node[key], node, key
+            elif isinstance(node, list) and key.isdecimal() and int(key) < len(node):
+                node = node[int(key)]
+            else:
+                break
+        if holder is not None:
+            del holder[last]
+    if "name" in places:
+        places.remove("name")
+        rest["name"] = "run"
+    try:
+        manifest = RunManifest.model_validate(rest)
+        resolve_stages(manifest)
+    except (ValidationError, InputError):
+        return None, places
+    return manifest, places
 
 
 def _switches(said: Any, made: Any, place: str = "") -> Iterator[str]:

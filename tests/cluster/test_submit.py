@@ -1,6 +1,8 @@
 """A run is judged as a whole, handed over, followed, taken back; a Ray of several nodes loses one and finishes it."""
 
 import json
+import os
+import re
 import socket
 import subprocess
 import sys
@@ -78,14 +80,33 @@ def test_what_only_shows_with_the_target_is_told_at_once(plain, monkeypatch):
     assert "--runs: runs: a folder of this machine" in told
     assert "MOVIOLA_S3_ENDPOINT: http://127.0.0.1:9000: this machine's loopback" in told
     assert "data.train" not in told, "a full path may be a folder that all machines share"
-    spec = {"image": "moviola", "memory_gb": 1}
+    spec = {"image": "moviola", "memory_gb": 1, "disk_gb": 1}
     told = judged(plain, "kubernetes", "s3://me:hush@bucket/runs", kubernetes=spec, data={"train": ["nowhere", "ds"]})
     assert "--runs: s3://bucket/runs: keys in a URL would stand in the cluster's list of jobs" in told
     assert "hush" not in told
     assert "data.train.0.dataset: nowhere: a folder of this machine, which pods don't have" in told
     assert "data.train.0.dataset: dataset" in told and "data.train.1.dataset: dataset" in told
     assert "kubernetes.memory_gb: 1: 1 workers need about" in told
+    assert "kubernetes.disk_gb: 1: Ray's logs, and the weights that a hub gives, take up to 2.0 GiB, and a pod" in told
     assert "MOVIOLA_S3_ENDPOINT" in told
+    told = judged(plain, "kubernetes", "gs://runs", kubernetes={"image": "moviola"})
+    assert "--runs: gs://runs: only a path, file:// and s3:// are read" in told and "data.train.0.dataset" in told
+
+
+def test_faults_of_fields_hide_none_of_the_others(plain, tmp_path):
+    plain |= {"name": "Small", "zero": {"stage": 7}, "workers": {"count": 5, "gpus": 1}, "checkpoint": {"keep": 10**9}}
+    plain["stages"]["frames-7"]["batch"] = "many"
+    path, target = tmp_path / "m.yaml", str(tmp_path / "runs")
+    path.write_text(yaml.safe_dump(plain))
+    with pytest.raises(InputError) as caught:
+        manifests.load(path, judge=lambda sound: submit.judge(sound, target, "local"))
+    told = str(caught.value).splitlines()
+    places = [line.strip().partition(": ")[0] for line in told[1:]]
+    assert told[0].endswith("6 faults in the manifest:")
+    assert places == ["name", "zero.stage", "stages.frames-7.batch", "workers.count", "workers.gpus", "checkpoint.keep"]
+    with pytest.raises(InputError, match=r"1 fault in the manifest:\n  data\.eval: "):
+        manifests.load(path, ["name=a", "zero=null", "workers=null", "stages.frames-7.batch=4", "data.eval=[1]",
+                              "zero={}", "workers={}", "evaluation.every_steps=2"])  # fmt: skip
 
 
 def test_machine_disk_gpus_and_notice_are_held_against_the_estimate(plain, monkeypatch, tmp_path):
@@ -96,6 +117,9 @@ def test_machine_disk_gpus_and_notice_are_held_against_the_estimate(plain, monke
     assert "workers.count: 4: they need about" in judged(
         plain, "local", tmp_path, workers={"count": 4}, data={"train": plain["data"]["train"], "memory_mb": 10**8}
     )
+    (tmp_path / "file").touch()
+    (told,) = submit.judge(manifest_of(plain), str(tmp_path / "file/runs"), "local")
+    assert re.fullmatch(r"--runs: .*/file/runs: .*/file can't be written by user \d+: not a directory\. Mend .*", told)
     memory = {"model_states": 5 * GIB, "activations": 4 * GIB}
     (told,) = submit.gpu_faults(memory, [16 * GIB, 8 * GIB])
     assert told.startswith("micro_batch: a rank keeps about 9.0 GiB on its GPU, which has 8.0 GiB")
@@ -147,10 +171,14 @@ def test_machines_of_a_cluster_are_counted_in_workers(plain, monkeypatch, tmp_pa
 
 def test_a_machine_sees_whether_storage_can_be_used(plain, tmp_path, small_dataset):
     _, run_url = folder.claim(manifest_of(plain), str(tmp_path))
-    seen = job._probe(run_url, [str(small_dataset)], "a" * 40)
-    assert seen["faults"] == [] and seen["memory"] > 0 and seen["gpus"] == []
-    assert not list(Path(run_url).glob(".probe*"))
-    faults = job._probe(str(tmp_path / "other"), [str(tmp_path / "none")], "a" * 40)["faults"]
+    before = os.listdir(run_url)
+    seen = job._probe(run_url, [str(small_dataset)])
+    assert seen["faults"] == [] and seen["memory"] > 0 and seen["gpus"] == [] and seen["disk"] > 0
+    assert os.listdir(run_url) == before
+    (told,) = submit.disk_faults(manifest_of(plain), 3 * GIB, "/shared/runs", 11 * GIB)
+    assert "take 12.0 GiB, and /shared/runs has 11.0 GiB free" in told
+    assert not list(submit.disk_faults(manifest_of(plain), 3 * GIB, "s3://runs", None))
+    faults = job._probe(str(tmp_path / "other"), [str(tmp_path / "none")])["faults"]
     assert faults[0].startswith("the run's storage can't be read and written: ")
     assert faults[1].startswith("dataset ") and "can't be read" in faults[1]
 
