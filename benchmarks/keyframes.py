@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import os
 import platform
 import random
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from benchmarks.learning import ROOT, hardware
@@ -129,6 +131,54 @@ def coded(codec: Codec, clips: list[Tensor]) -> Coded:
     return Coded(numbers / len(frames), psnr_db, mean(within), mean(borders))
 
 
+@dataclass(frozen=True)
+class Panel:
+    """Of one kind of footage: fixed windows by FIXED, new keyframes by THRESHOLDS."""
+
+    title: str
+    fixed: list[Coded]
+    adaptive: list[Coded]
+
+
+def draw(panels: list[Panel], path: Path) -> None:
+    """PSNR over latent numbers a frame: fixed windows in grey, new keyframes where the residual asks in blue."""
+    width, height, left, top, gap = 360, 340, 56, 30, 20
+    image = Image.new("RGB", (left + (width + gap) * len(panels), height + top + 50), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(14)
+    every = [point for panel in panels for point in (*panel.fixed, *panel.adaptive)]
+    # One frame a window lies far to the right of all others, and would leave these no room.
+    most = max(p.numbers for panel in panels for p in (*panel.adaptive, *panel.fixed[FIXED.index(5) :])) * 1.05
+    least = min(point.numbers for point in every) * 0.9
+    low = min(point.psnr_db for point in every) - 0.5
+    high = max(point.psnr_db for point in every if point.numbers <= most) + 0.5
+    for number, panel in enumerate(panels):
+        begin = left + number * (width + gap)
+
+        def at(point: Coded, begin: int = begin) -> tuple[float, float]:
+            across = (point.numbers - least) / (most - least)
+            return begin + width * across, top + height * (high - point.psnr_db) / (high - low)
+
+        pen.rectangle((begin, top, begin + width, top + height), outline="#c0c0c0")
+        for level in range(int(low) + 1, int(high) + 1, 2):
+            y = top + height * (high - level) / (high - low)
+            pen.line((begin, y, begin + width, y), fill="#e8e8e8")
+            if number == 0:
+                pen.text((begin - 6, y), f"{level} dB", "black", font, anchor="rm")
+        for numbers in range(math.ceil(least / 200) * 200, int(most), 200):
+            x = begin + width * (numbers - least) / (most - least)
+            pen.text((x, top + height + 6), f"{numbers}", "black", font, anchor="ma")
+        pen.text((begin + width / 2, 8), panel.title, "black", font, anchor="ma")
+        for points, colour in ((panel.fixed, "#909090"), (panel.adaptive, "#1040a0")):
+            seen = sorted((p for p in points if p.numbers <= most), key=lambda p: p.numbers)
+            pen.line([at(p) for p in seen], fill=colour, width=3)
+            for x, y in map(at, seen):
+                pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
+    pen.text((left, top + height + 28), "latent numbers a frame", "black", font)
+    pen.text((left + 200, top + height + 28), "windows of a fixed length", "#707070", font)
+    pen.text((left + 400, top + height + 28), "a new keyframe where the residual asks for one", "#1040a0", font)
+    image.save(path)
+
+
 def mean(values: list[float]) -> float:
     return statistics.mean(values) if values else float("nan")
 
@@ -152,7 +202,8 @@ def at_budget(curve: list[Coded], numbers: float) -> float | None:
     return None
 
 
-def rows(opened: run.Trained, footage_of: dict[str, list[Tensor]]) -> Iterator[str]:
+def rows(opened: run.Trained, footage_of: dict[str, list[Tensor]], panels: list[Panel]) -> Iterator[str]:
+    """Lines of the tables; what the figure shows is added to ``panels``."""
     kind, config = type(opened.recipe), opened.recipe.config
 
     def codec(window: int, threshold: float | None, most: int = config.overlap) -> Codec:
@@ -168,8 +219,9 @@ def rows(opened: run.Trained, footage_of: dict[str, list[Tensor]]) -> Iterator[s
         curve = [coded(codec(window, None), clips) for window in FIXED]
         for window, point in zip(FIXED, curve, strict=True):
             yield f"| fixed, {window} | {point.numbers:.0f} | {point.psnr_db:.2f} | | |"
-        for threshold in THRESHOLDS:
-            point = coded(codec(LONGEST, threshold), clips)
+        points = [coded(codec(LONGEST, threshold), clips) for threshold in THRESHOLDS]
+        panels.append(Panel(name, curve, points))
+        for threshold, point in zip(THRESHOLDS, points, strict=True):
             same = at_budget(curve, point.numbers)
             gain = ("-", "-") if same is None else (f"{same:.2f}", f"{point.psnr_db - same:+.2f}")
             title = f"new keyframe beyond {threshold}, {LONGEST} at most"
@@ -196,6 +248,7 @@ def main() -> int:
     torch.set_num_threads(os.cpu_count() or 1)
     opened = run.open_model(options.run)
     side = opened.manifest.schedule.stages[-1].clip.sizes[0][0]
+    panels: list[Panel] = []
     videos = held_back(index.open_dataset(opened.manifest.data.eval), options.videos)
     lines = [
         "# Several keyframes on footage with cuts and pans",
@@ -204,13 +257,18 @@ def main() -> int:
         f"{len(videos)} videos that were never trained on, {side} x {side}, {FPS} frames/s.",
         "",
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, float32.",
-        *rows(opened, streams(videos, side)),
-        "",
     ]
+    for line in (*lines, ""):
+        print(line)
+    for line in rows(opened, streams(videos, side), panels):
+        print(line, flush=True)
+        lines.append(line)
+    lines.append("")
     options.results.mkdir(parents=True, exist_ok=True)
     path = options.results / f"keyframes_{hardware()}_{datetime.date.today()}.md"
+    draw(panels, path.with_suffix(".png"))
+    lines += [f"![PSNR over latent numbers a frame]({path.stem}.png)", ""]
     path.write_text("\n".join(lines))
-    print("\n".join(lines))
     return 0
 
 

@@ -308,8 +308,8 @@ def report(
         "",
         (__doc__ or "").split("\n\n", 2)[2].strip(),
         "",
-        f"Peak of a matrix product here: {peaks['fp32'] / 1e9:.0f} GFLOP/s in float32, "
-        f"{peaks['bf16'] / 1e9:.0f} in bfloat16. Milliseconds are medians with quartiles; the speed-up is the median "
+        f"Peak of a matrix product here: {peaks['fp32'] / 1e9:.3g} GFLOP/s in float32, "
+        f"{peaks['bf16'] / 1e9:.2g} in bfloat16. Milliseconds are medians with quartiles; the speed-up is the median "
         "of the pairs' ratios to eager float32. Memory is the peak of the process: resident on a CPU, "
         "allocated by torch on a GPU.",
         "",

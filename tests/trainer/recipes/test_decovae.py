@@ -467,6 +467,23 @@ def test_videos_of_any_length(frames: int, overlap: int) -> None:
     )
 
 
+def test_a_keyframe_coded_once_leaves_motion_and_residual_to_the_frames_after_it() -> None:
+    recipe = recipe_of(keyframe="single", linear="dct", window=9)
+    assert [shape[1] for shape in recipe.latent(9, 32, 32).shapes.values()] == [1, 2, 2]
+    assert recipe.latent(1, 32, 32).shapes == {"keyframe": (4, 1, 4, 4)}
+    model = recipe.build(0)
+    for frames in (1, 2, 9, 10, 18):
+        x = footage(frames=frames)
+        coded = list(recipe.encode(model, [x]))
+        assert recipe.latent(frames, 32, 32).numbers_per_frame * frames == sum(
+            t.numel() for latent in coded for t in latent.values() if t.is_floating_point()
+        )
+        made = torch.cat(list(recipe.decode(model, coded)), dim=2)
+        assert made.shape == x.shape
+    alone = torch.cat(list(recipe.decode(model, recipe.encode(model, [x[:, :, :1]]))), dim=2)
+    assert torch.allclose(made[:, :, :1], alone, atol=1e-5), "it is neither moved nor mended"
+
+
 def window_of(model: nn.Module, x: Tensor) -> Tensor:
     frames = x.shape[2]
     filled = torch.cat((x, x[:, :, -1:].expand(-1, -1, -(frames - 1) % 4, -1, -1)), dim=2)

@@ -58,7 +58,9 @@ class DecoVaeConfig(_Part):
     )
     adaptation: bool = Field(True, description="Phases with frozen parts (section 3.3); false trains all at once.")
     keyframe: Literal["repeated", "single"] = Field(
-        "repeated", description="`single` codes the keyframe once instead of T times (ours): T' times fewer numbers."
+        "repeated",
+        description="`single` codes the keyframe once instead of T times, and motion and residual of the frames after "
+        "it (ours): 9 latent steps in place of 15 at 17 frames, 1 in place of 3 at one.",
     )
     backbone: BackboneSpec = BackboneSpec()
     motion: MotionSpec = MotionSpec()

@@ -75,10 +75,10 @@ class DecoVae(nn.Module):
         if self.motion is not None and config.motion.weights is not None:
             load_ssf2020(self.motion, config.motion.weights)
 
-    def decouple(self, x_B3THW: Tensor) -> Decoupled:
-        """Equations 4 to 6."""
+    def decouple(self, x_B3THW: Tensor, keyframe_B3HW: Tensor | None = None) -> Decoupled:
+        """Equations 4 to 6; the keyframe is the first frame if none is given."""
         x_B3THW = x_B3THW.float()
-        keyframe_B3HW = x_B3THW[:, :, 0]
+        keyframe_B3HW = x_B3THW[:, :, 0] if keyframe_B3HW is None else keyframe_B3HW.float()
         motion_B3THW = self.motion(x_B3THW, keyframe_B3HW)
         predicted_B3THW = warp(keyframe_B3HW, motion_B3THW)
         return Decoupled(keyframe_B3HW, motion_B3THW, predicted_B3THW, x_B3THW - predicted_B3THW)
@@ -90,7 +90,10 @@ class DecoVae(nn.Module):
         return predicted_B3THW + residual_B3THW.float(), predicted_B3THW
 
     def encode(self, x_B3THW: Tensor) -> tuple[dict[str, Posterior], Decoupled | None]:
-        """Equations 1 and 4 to 7: pixels of 1 + 4 k frames -> latents by name, and what they are latents of."""
+        """Equations 1 and 4 to 7: pixels of 1 + 4 k frames -> latents by name, and what they are latents of.
+
+        Where the keyframe is coded once, motion and residual are of the frames after it: their first step is left out.
+        """
         if self.motion is None:
             return {PIXELS: Posterior(*self.encoder[PIXELS](x_B3THW))}, None
         source = self.decouple(x_B3THW)
@@ -102,10 +105,17 @@ class DecoVae(nn.Module):
         }
         if CONCAT in self.encoder:
             inputs = {CONCAT: torch.cat(list(inputs.values()), dim=1)}
-        return {name: Posterior(*self.encoder[name](value)) for name, value in inputs.items()}, source
+        found = {name: Posterior(*self.encoder[name](value)) for name, value in inputs.items()}
+        if self.single:
+            later = {name: Posterior(*(part[:, :, 1:] for part in found[name])) for name in (MOTION, RESIDUAL)}
+            found = {KEYFRAME: found[KEYFRAME], **(later if frames > 1 else {})}
+        return found, source
 
     def decode(self, z: dict[str, Tensor]) -> tuple[Tensor, Decoupled | None]:
         """Equations 3 and 8: latents by name -> pixels, and the components that they are made of."""
+        if self.single:
+            first = torch.zeros_like(z[KEYFRAME])
+            z = z | {n: torch.cat((first, z[n]), dim=2) if n in z else first for n in (MOTION, RESIDUAL)}
         parts = self._decoded(z)
         if PIXELS in parts:
             return parts[PIXELS], None

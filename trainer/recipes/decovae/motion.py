@@ -38,7 +38,9 @@ PREFIX = {"motion_encoder.": "encoder.", "motion_decoder.": "decoder."}
 class MotionModule(nn.Module):
     """M: (x_t, x_0) -> m_t. Convolutions and names are those of CompressAI's `ssf2020`, without its entropy model.
 
-    Starts from no motion and no blur, whatever the frames.
+    Starts from next to no motion and no blur. Hidden layers keep the strength of what passes (He et al., ICCV 2015):
+    PyTorch's own start leaves a thousandth of it before the last layer, and the first hundred steps then learn one blur
+    for all frames (docs/lab_log.md). The first layer sees contrasts, not brightness.
     """
 
     def __init__(self, spec: MotionSpec) -> None:
@@ -51,9 +53,14 @@ class MotionModule(nn.Module):
         for a, b in pairwise(back):
             self.decoder.extend((nn.ConvTranspose2d(a, b, 5, 2, 2, output_padding=1), nn.ReLU()))
         del self.encoder[-1], self.decoder[-1]
+        for layer in (*self.encoder[::2], *self.decoder[:-1:2]):
+            met = layer.in_channels * (25 if isinstance(layer, nn.Conv2d) else 25 / 4)  # weights that meet in an output
+            nn.init.normal_(layer.weight, std=math.sqrt(2 / met))
+            nn.init.zeros_(layer.bias)
         last: nn.ConvTranspose2d = self.decoder[-1]
         nn.init.normal_(last.weight, std=1e-3 / math.sqrt(spec.width))
         with torch.no_grad():
+            self.encoder[0].weight -= self.encoder[0].weight.mean((1, 2, 3), keepdim=True)
             last.bias.copy_(torch.tensor([0.0, 0.0, SHARP]))
 
     def forward(self, x_B3THW: Tensor, keyframe_B3HW: Tensor) -> Tensor:

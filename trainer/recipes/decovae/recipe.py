@@ -114,10 +114,12 @@ class DecoVaeRecipe:
 
     def _shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
         """Of one window's latents, by name."""
-        steps = 1 + -(-(frames - 1) // SPAN)
-        single = {KEYFRAME} if self.config.keyframe == "single" else set()
+        later = -(-(frames - 1) // SPAN)
+        steps = dict.fromkeys(latents(self.config), 1 + later)
+        if self.config.keyframe == "single":
+            steps = {name: 1 if name == KEYFRAME else later for name in steps}
         depth, cells = self.config.latent_channels, (height // CELL, width // CELL)
-        return {name: (depth, 1 if name in single else steps, *cells) for name in latents(self.config)}
+        return {name: (depth, count, *cells) for name, count in steps.items() if count}
 
     def latent(self, frames: int, height: int, width: int) -> LatentSpec:
         """D channels for each component; of all windows together, where the clip has more frames than one.
@@ -163,7 +165,7 @@ class DecoVaeRecipe:
         """Whether the residual of a frame says that its keyframe no longer serves."""
         if self.config.new_keyframe is None:
             return False
-        residual = model.decouple(torch.stack((keyframe_1CHW, x_1CHW), dim=2)).residual_B3THW[:, :, 1]
+        residual = model.decouple(x_1CHW[:, :, None], keyframe_1CHW).residual_B3THW
         return float(residual.square().mean().sqrt()) > self.config.new_keyframe
 
     def _shared(self, model: nn.Module, held: list[Tensor], shared: int, x_1CHW: Tensor) -> int:
