@@ -132,7 +132,7 @@ def main() -> int:
     runs: dict[str, list[str]] = {}
     for (variant, _), url in zip(jobs, urls, strict=True):
         runs.setdefault(variant.name, []).append(url)
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(1)  # small models; threads that wait for each other burn what the runs need
     perceptual = Perceptual(PerceptualSpec(backbone="alex", weights="random"))
     last = next(iter(paper.tables.values()))[-1]
     clips = measured(runs[last.variant][0], last, perceptual)["clips"]
