@@ -229,7 +229,7 @@ def rows(opened: run.Trained, footage_of: dict[str, list[Tensor]], panels: list[
     yield from ("", "## Seams", "")
     yield from ("| footage, windows | frames shared | numbers a frame | PSNR dB | change of the error within windows | "
                 "at their borders |", "| --- | ---: | ---: | ---: | ---: | ---: |")  # fmt: skip
-    for name, window, threshold in (("as they are", 17, None), ("pans", 17, None), ("pans", LONGEST, THRESHOLDS[0])):
+    for name, window, threshold in (("pans", 17, None), ("pans", LONGEST, THRESHOLDS[1])):
         title = f"{name}, {window}" + (f" at most, new keyframe beyond {threshold}" if threshold else "")
         for overlap in OVERLAPS:
             point = coded(codec(window, threshold, overlap), footage_of[name])

@@ -540,6 +540,7 @@ def test_a_new_keyframe_within_a_scene_is_blended_with_the_old_one(overlap: int)
     model = recipe.build(0)
     coded = list(recipe.encode(model, x.split(1, dim=2)))
     assert len(coded) > 3 and all(int(c["frames"]) < 17 for c in coded)
+    assert all(int(c["frames"]) % 4 == 1 for c in coded[:-1]), "no window ends within a latent's step of four frames"
     shared = [int(c["shared"]) for c in coded]
     assert shared[0] == 0 and all(min(1, overlap) <= count <= overlap for count in shared[1:])
     assert sum(int(c["frames"]) - int(c["shared"]) for c in coded) == 24

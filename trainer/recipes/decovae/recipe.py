@@ -149,7 +149,7 @@ class DecoVaeRecipe:
         shared = 0
         for chunk_1CTHW in frames_1CTHW:
             for x_1CHW in chunk_1CTHW.unbind(2):
-                if held and self._leaves(model, held[0], x_1CHW):
+                if held and self._ends(model, held, x_1CHW):
                     again = self._shared(model, held, shared, x_1CHW)
                     if len(held) > shared:
                         yield self._coded(model, held, shared)
@@ -160,6 +160,14 @@ class DecoVaeRecipe:
                 held.append(x_1CHW)
         if len(held) > shared:
             yield self._coded(model, held, shared)
+
+    def _ends(self, model: nn.Module, held: list[Tensor], x_1CHW: Tensor) -> bool:
+        """Whether a frame that its keyframe no longer serves shall have another: at a cut at once, within a scene when
+        the latents' step of four frames is full, whose numbers would be wasted otherwise.
+        """
+        if not self._leaves(model, held[0], x_1CHW):
+            return False
+        return len(held) % SPAN == 1 or self._leaves(model, held[-1], x_1CHW)
 
     def _leaves(self, model: nn.Module, keyframe_1CHW: Tensor, x_1CHW: Tensor) -> bool:
         """Whether the residual of a frame says that its keyframe no longer serves."""
