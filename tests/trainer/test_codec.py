@@ -174,14 +174,15 @@ def test_an_export_is_the_same_codec(tmp_path):
     assert torch.equal(again.reconstruct(pixels), codec.reconstruct(pixels))
 
 
-def test_the_example_in_the_docs_runs(tmp_path, monkeypatch, capsys):
+def test_the_example_in_the_docs_runs(video, tmp_path, monkeypatch, capsys):
     codecs.export(a_codec(), str(tmp_path / "weights"))
+    video[0].rename(tmp_path / "clip.mp4")
     monkeypatch.chdir(tmp_path)
     text = (Path(__file__).parents[2] / "docs/codec.md").read_text()
-    names = {"torch": torch, "frames": scene(5, 30, 44)}
+    names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(block, names)
-    assert names["decoded"].shape == names["frames"].shape
+    assert names["decoded"].shape == names["frames"].shape == video[1].shape
     printed = capsys.readouterr().out
     assert "numbers of pixels for one of the latent" in printed and re.search(r"PSNR -?\d+\.\d\d dB", printed)
 
