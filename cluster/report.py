@@ -22,6 +22,7 @@ from pipelines.faults import InputError
 from trainer import checkpoint, pictures
 from trainer.manifest import difference
 from trainer.run import load
+from trainer.telemetry import read_lines
 
 PAGE = Path(__file__).with_name("report.html")
 POINTS = 600
@@ -44,7 +45,8 @@ def facts(run_url: str) -> dict[str, Any]:
     """All that the page shows of a run, as plain data; what a run has not, is empty."""
     status, manifest = runs.status(run_url), load(run_url)
     assert manifest is not None
-    events, lines = runs.events(run_url), runs.metrics(run_url)
+    events, logged = runs.events(run_url), read_lines(storage.join(run_url, "metrics.jsonl"))
+    lines = runs.newest(logged)
     schedule = manifest.schedule
     stages = [
         {"name": stage.name, "first": first, "steps": stage.steps}
@@ -63,7 +65,7 @@ def facts(run_url: str) -> dict[str, Any]:
         "wall": sum(status.ledger.values()),
         "stages": stages,
         "restarts": [
-            {"time": e["time"], "cause": e["cause"], "step": _step_at(lines, e["time"])}
+            {"time": e["time"], "cause": e["cause"], "step": _step_at(logged, e["time"])}
             for e in events if e["event"] == "restart"
         ],
         "curves": curves(lines),
@@ -76,8 +78,8 @@ def facts(run_url: str) -> dict[str, Any]:
 
 
 def _step_at(lines: Sequence[dict[str, Any]], moment: float) -> int:
-    """The last step that was logged before a moment."""
-    return max((line["step"] for line in lines if line["time"] <= moment), default=0)
+    """The step that was logged last before a moment; ``lines`` are all that were logged, oldest first."""
+    return next((line["step"] for line in reversed(lines) if line["time"] <= moment), 0)
 
 
 def curves(lines: Sequence[dict[str, Any]]) -> dict[str, list[list[float | None]]]:

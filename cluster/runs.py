@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -33,8 +33,13 @@ def ask_to_stop(run_url: str, reason: str) -> None:
 
 def metrics(run_url: str, tail_bytes: int | None = None) -> list[dict[str, Any]]:
     """Logged steps in order, each as the newest attempt left it."""
-    newest = {line["step"]: line for line in read_lines(storage.join(run_url, "metrics.jsonl"), tail_bytes)}
-    return [newest[step] for step in sorted(newest)]
+    return newest(read_lines(storage.join(run_url, "metrics.jsonl"), tail_bytes))
+
+
+def newest(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of lines of metrics.jsonl the newest for each step, in order of steps."""
+    found = {line["step"]: line for line in lines}
+    return [found[step] for step in sorted(found)]
 
 
 def events(run_url: str) -> list[dict[str, Any]]:

@@ -99,7 +99,6 @@ class Counts:
         before = before or {}
         self._before = {name: float(before.get(name, 0.0)) for name in (*SUMS, "rank_seconds", "held_seconds")}
         self.steps = int(before.get("steps", 0))
-        self.commits = int(before.get("commits", 0))
         self.step_seconds = Histogram(before.get("step_seconds"))
         self.own = dict.fromkeys(SUMS, 0.0)
 
@@ -122,7 +121,6 @@ class Counts:
         before = self._before
         return {
             "steps": self.steps,
-            "commits": self.commits,
             "held_seconds": held,
             "rank_seconds": before["rank_seconds"] + world * (held - before["held_seconds"]),
             "step_seconds": self.step_seconds.state(),
@@ -171,6 +169,7 @@ class RunMetrics(Collector):
         self._ledger: Mapping[str, Any] | None = None
         self._evaluation: Mapping[str, Any] | None = None
         self._commit: Mapping[str, Any] | None = None
+        self._commits = 0
         self._start: Mapping[str, Any] | None = None
         self._workers: list[dict[str, Any]] = []
         self._launched: float | None = None
@@ -196,6 +195,7 @@ class RunMetrics(Collector):
                 if kind in ("start", "restart", "resize"):
                     self._workers = list(event.get("workers", ()))
                 self._commit = event if kind == "commit" else self._commit
+                self._commits += kind == "commit"
                 self._evaluation = event if kind == "evaluation" else self._evaluation
                 self._newest(event.get("ledger"))
             for line in lines:
@@ -229,6 +229,7 @@ class RunMetrics(Collector):
         made.gauge("diverged", "1 where a loss or gradient was not finite; the run ended with it.", diverged)
         for cause, count in restarts.items():
             made.counter("restarts", "Restarts of the worker group, by cause.", count, cause=cause)
+        made.counter("commits", "Checkpoints committed.", self._commits)
         text = "When the command was given that runs it."
         made.gauge("launch_timestamp_seconds", text, self._launched)
         made.gauge("planned_steps", "Optimizer steps that the manifest asks for.", run.schedule.steps)
@@ -279,7 +280,6 @@ class RunMetrics(Collector):
         if counters is None:
             return
         made.counter("steps", "Optimizer steps, those that were lost and trained again included.", counters["steps"])
-        made.counter("commits", "Checkpoints committed.", counters["commits"])
         text = "Seconds that ranks were held, trained or not; times a price, the run's cost."
         made.counter("rank_seconds", text, counters["rank_seconds"])
         for name, text in SUMS.items():

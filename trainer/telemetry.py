@@ -303,7 +303,6 @@ class Telemetry:
     ) -> None:
         """Notes that a checkpoint of ``step`` is committed: its bytes, and the seconds that each phase took."""
         self.last_commit = step
-        self._counts.commits += 1
         self.event("commit", step=step, bytes=size, seconds=dict(phases or {}), ledger=ledger.state())
 
     def alive(self, done: int, ledger: Ledger) -> None:

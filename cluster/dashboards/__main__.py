@@ -53,8 +53,9 @@ def curves(
     panel = timeseries.Panel().title(title).description(text).unit(unit).datasource(SOURCE).span(span).height(8)
     panel.legend(legend.placement(options.LegendPlacement.BOTTOM).show_legend(True))
     panel.tooltip(common.VizTooltipOptions().mode(options.TooltipDisplayMode.MULTI)).line_width(1).span_nulls(60_000)
-    if log:
-        panel.scale_distribution(common.ScaleDistributionConfig().type(options.ScaleDistribution.LOG).log(10))
+    if log:  # and linear about zero, where an adversary's losses may be
+        scale = common.ScaleDistributionConfig().type(options.ScaleDistribution.SYMLOG).log(10)
+        panel.scale_distribution(scale.linear_threshold(1e-4))
     if stacked:
         panel.fill_opacity(60).stacking(common.StackingConfig().mode(options.StackingMode.NORMAL))
     if limits:

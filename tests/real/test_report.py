@@ -39,6 +39,9 @@ def two(run_url: str, tmp_path: Path) -> list[str]:  # noqa: F811
     shutil.copytree(run_url, other)
     text = Path(other, "manifest.yaml").read_text().replace("name: seen", "name: other").replace("seed: 0", "seed: 7")
     Path(other, "manifest.yaml").write_text(text)
+    *_, last = Path(other, "metrics.jsonl").read_text().splitlines()
+    line = {**json.loads(last), "terms": {"mse": 0.1, "adversary": -0.5}}
+    storage.append_text(storage.join(other, "metrics.jsonl"), json.dumps(line) + "\n")
     for url, step in ((run_url, 0.1), (other, 0.4)):
         examine.write([clip(step)], storage.join(url, "samples"), video=False)
     return [run_url, other]
