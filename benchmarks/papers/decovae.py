@@ -67,6 +67,6 @@ def tables() -> dict[str, tuple[Row, ...]]:
 
 PAPER = Paper(
     "DeCo-VAE", 17, VARIANTS, manifest, STEPS, tables(),
-    "32 x 32 pixels, 4 x 8 x 8, {stages}, batch 4 (motion: 8 of 5 frames), Adam at 1e-3, no LPIPS and no adversary; {clips} held-back "
-    "clips of 17 frames at 12 frames/s. The paper: 256 x 256, 500,000 steps of batch 40, WebVid.",
+    "32 x 32 pixels, 4 x 8 x 8, {stages}, batch 4 (motion: 8 of 5 frames), Adam at 1e-3, no LPIPS and no adversary; "
+    "{clips} held-back clips of 17 frames at 12 frames/s. The paper: 256 x 256, 500,000 steps of batch 40, WebVid.",
 )  # fmt: skip
