@@ -71,8 +71,9 @@ def submit(manifest: RunManifest, runs_url: str, target: str) -> Submitted:
         listing = "\n  ".join(dict.fromkeys(faults))
         raise InputError(f"{manifest.name} can't run on {target}:\n  {listing}", status=2)
     if folder.load(folder.url_of(runs_url, manifest.name), missing_ok=True) is not None:
-        state = refresh(folder.url_of(runs_url, manifest.name))
-        if state.state in ("running", "waiting"):
+        _, run_url = folder.same(manifest, runs_url)
+        state = refresh(run_url)
+        if state.state in ("running", "waiting") or (state.state == "silent" and _held(run_url)):
             raise InputError(
                 f"run {manifest.name} is {state.state} already (attempt {state.attempt}). "
                 f"`moviola logs {manifest.name} -f` follows it; to move it, `moviola stop {manifest.name}` first"
@@ -428,6 +429,14 @@ def _said(launch: Mapping[str, Any]) -> tuple[str, str] | None:
         return "failed", storage.redact(str(error).strip().splitlines()[0][:300])
     ended = ENDED.get(str(getattr(info.status, "value", info.status)))
     return (ended, storage.redact((info.message or "no reason given").strip())) if ended else None
+
+
+def _held(run_url: str) -> bool:
+    """Whether the cluster of a run that is not heard of still has its job; False where it can't be asked."""
+    launch = runs.launched(runs.events(run_url)) or {}
+    with contextlib.suppress(InputError):
+        return launch.get("cluster", "local") != "local" and _said(launch) is None
+    return False
 
 
 def stop(run_url: str) -> runs.State:

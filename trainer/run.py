@@ -35,8 +35,23 @@ def claim(run: RunManifest, runs: str, launch: Mapping[str, Any] | None = None) 
     """Takes the run's name on storage, or finds the same run there.
 
     Makes local paths absolute, pins every dataset's digest and writes the resolved ``manifest.yaml``. ``launch`` says
-    by what the run goes on, where it is not by this process. Raises InputError where the name belongs to another
-    manifest (with the difference), data is missing, or storage can't be written.
+    by what the run goes on, where it is not by this process. Raises InputError where :func:`same` does, or storage
+    can't be written.
+    """
+    pinned, run_url = same(run, runs)
+    text = yaml.safe_dump(pinned.resolved(), sort_keys=False, width=120)
+    storage.write_bytes(storage.join(run_url, "manifest.yaml"), text.encode())
+    storage.delete(storage.join(run_url, "stop.json"))
+    by = {"host": socket.gethostname(), "pid": os.getpid()} if launch is None else launch
+    event = {"time": time.time(), "event": "launch", "attempt": 0, **by}
+    storage.append_text(storage.join(run_url, "events.jsonl"), json.dumps(event) + "\n")
+    return pinned, run_url
+
+
+def same(run: RunManifest, runs: str) -> tuple[RunManifest, str]:
+    """The manifest with its datasets' digests, and the URL of its run; changes nothing.
+
+    Raises InputError where the name belongs to another manifest (with the difference), or data is missing.
     """
     run_url = url_of(runs, run.name)
     stored = load(run_url, missing_ok=True)
@@ -52,12 +67,6 @@ def claim(run: RunManifest, runs: str, launch: Mapping[str, Any] | None = None) 
                 f"Give this one another name (--name), or go on with the old one: moviola resume {run.name}",
                 status=2,
             )
-    text = yaml.safe_dump(pinned.resolved(), sort_keys=False, width=120)
-    storage.write_bytes(storage.join(run_url, "manifest.yaml"), text.encode())
-    storage.delete(storage.join(run_url, "stop.json"))
-    by = {"host": socket.gethostname(), "pid": os.getpid()} if launch is None else launch
-    event = {"time": time.time(), "event": "launch", "attempt": 0, **by}
-    storage.append_text(storage.join(run_url, "events.jsonl"), json.dumps(event) + "\n")
     return pinned, run_url
 
 

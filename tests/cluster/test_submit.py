@@ -236,6 +236,23 @@ def test_states_and_story_of_a_run_that_a_cluster_has(plain, tmp_path, monkeypat
     ]
 
 
+def test_a_run_that_is_not_heard_of_is_not_driven_twice_where_its_cluster_has_it(plain, tmp_path, monkeypatch):
+    launch = {"cluster": "http://127.0.0.1:1", "job": "small-0a1b2c"}
+    _, run_url = folder.claim(manifest_of(plain), str(tmp_path), launch)
+    note(run_url, "driver", job=launch["job"], host="elsewhere", pid=1)
+    monkeypatch.setattr(runs, "SILENT_SECONDS", -1.0)
+    monkeypatch.setattr(submit, "judge", lambda *of: [])
+    assert runs.status(run_url).state == "silent" and not submit._held(run_url), "it can't be asked"
+    monkeypatch.setattr(submit, "_said", lambda launch: None)
+    with pytest.raises(InputError, match="run small is silent already") as caught:
+        submit.submit(manifest_of(plain), str(tmp_path), "local")
+    assert "moviola stop small" in str(caught.value)
+    with pytest.raises(InputError, match="seed: 0 -> 9"):
+        submit.submit(manifest_of(plain, seed=9), str(tmp_path), "local")
+    monkeypatch.setattr(submit, "_said", lambda launch: ("stopped", "asked"))
+    assert not submit._held(run_url)
+
+
 def test_a_job_that_ended_by_a_fault_of_input_is_not_tried_again(plain, tmp_path, monkeypatch):
     _, run_url = folder.claim(manifest_of(plain), str(tmp_path))
     note(run_url, "failed", job="small-0a1b2c", message="no room", fault="input")
