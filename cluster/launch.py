@@ -293,6 +293,8 @@ def foreground(
         return outcome[0]
     except (SystemExit, InputError) as error:
         if isinstance(error, InputError) and not (signals and not attempts):
+            if thread.ident is None:  # Ray did not start
+                note(run_url, "failed", message=storage.redact(str(error)))
             raise
         if thread.is_alive():
             thread.join(5)  # it has lost its Ray, and says so

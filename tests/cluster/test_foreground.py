@@ -17,6 +17,7 @@ from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2.api.exceptions import PreemptionError
 from ray.train.v2.api.preemption import PreemptionInfo
+from rich.console import Console
 
 from cluster import launch, runs
 from cluster.recorder import Recorder, why
@@ -157,6 +158,22 @@ def test_a_signal_while_ray_starts_ends_it_with_the_line_to_go_on(small_dataset,
         assert shlex.split(err.strip().splitlines()[-1])[1:] == arguments
         assert [e["event"] for e in runs.events(run_url) if e["event"] in ("start", "stopped")] == ["stopped"]
         assert os.listdir(scratch) == [], "nothing of Ray stays behind"
+
+
+def test_a_ray_that_does_not_start_is_a_failure_that_the_status_tells(tmp_path, small_dataset, monkeypatch):
+    plain = {"name": "small", "recipe": "arvae", "data": {"train": str(small_dataset)}, "batch": 4}
+    manifest, run_url = folder.claim(manifests.validate(plain, "m"), str(tmp_path))
+
+    @contextlib.contextmanager
+    def none(manifest):
+        raise InputError("Ray did not start")
+        yield
+
+    monkeypatch.setattr(launch, "connected_ray", none)
+    with pytest.raises(InputError, match="Ray did not start"):
+        launch.foreground(manifest, run_url, Console(quiet=True))
+    state = runs.status(run_url)
+    assert (state.state, state.failure) == ("failed", "Ray did not start")
 
 
 def test_what_a_user_is_told_of_the_end(tmp_path, small_dataset):
