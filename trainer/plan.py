@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipelines import index, order
+from pipelines.captions import MOST_TOKENS
 from pipelines.contracts import Batch, ClipRule, Source
 from pipelines.faults import InputError
 from trainer import recipe as recipes
@@ -137,7 +138,8 @@ def _memory(manifest: RunManifest, world: int, total: int, trained: int, discrim
 def _activations(manifest: RunManifest, model: nn.Module) -> tuple[float | None, str | None]:
     """Bytes that autograd keeps for one clip in the stage that keeps most, and why that can't be told.
 
-    Counted on a forward pass of tensors without data (torch's FakeTensorMode), so that it takes no memory.
+    Counted on a forward pass of tensors without data (torch's FakeTensorMode), so that it takes no memory; recipes that
+    read captions get one of the greatest length.
     """
     recipe, schedule = manifest.loaded_recipe, manifest.schedule
     try:
@@ -156,7 +158,7 @@ def _activations(manifest: RunManifest, model: nn.Module) -> tuple[float | None,
             if buffer is not None:
                 module._buffers[name] = mode.from_tensor(buffer)
     state = {weight.untyped_storage()._cdata for net in (model, teachers) for weight in net.state_dict().values()}
-    most = 0.0
+    most, width = 0.0, recipes.caption_width(recipe)
     for stage, step in zip(schedule.stages, schedule.first_steps, strict=True):
         for name, weight in model.named_parameters():
             weight.requires_grad_(stage.trains(name))
@@ -173,6 +175,8 @@ def _activations(manifest: RunManifest, model: nn.Module) -> tuple[float | None,
                 pixels_BCTHW=torch.zeros(1, 3, plan.rule.frames, *max(stage.clip.sizes, key=math.prod)),
                 fps_B=torch.ones(1), motion_B=torch.zeros(1), places=(0,), sources=(Source("", "", ""),),
                 plan=plan, weight=1.0, seed=manifest.seed, arrays=_arrays(recipe), masks=_arrays(recipe, mask=True),
+                caption_emb_BLD=torch.zeros(1, MOST_TOKENS, width) if width else None,
+                caption_mask_BL=torch.ones(1, MOST_TOKENS, dtype=torch.bool) if width else None,
             )  # fmt: skip
             with torch.autocast("cpu", torch.bfloat16, enabled=manifest.precision == "bf16"):
                 recipe.step(model, batch, stage, teachers)

@@ -248,6 +248,11 @@ def skeleton(recipe: Recipe) -> nn.Module:
     return own() if own is not None else recipe.build(0)
 
 
+def caption_width(recipe: Recipe) -> int:
+    """Numbers a token of the captions that the recipe's step reads: its property ``caption_width``, else 0 for none."""
+    return getattr(recipe, "caption_width", 0)
+
+
 def unknown_names(
     stage: Stage, *, losses: Collection[str], knobs: Collection[str] = (), teachers: Collection[str] = ()
 ) -> Iterator[str]:

@@ -585,9 +585,10 @@ def test_pictures() -> None:
 # -- the dry run -----------------------------------------------------------------------------------------------------
 
 
-def test_dry_run_states_memory_by_part_and_what_recomputing_saves(tmp_path: Path) -> None:
+def test_dry_run_states_memory_by_part_and_what_recomputing_saves(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = {}
-    for recompute in ("false", "true"):
+    for recompute, tokens in (("false", 1), ("false", plan.MOST_TOKENS), ("true", plan.MOST_TOKENS)):
+        monkeypatch.setattr(plan, "MOST_TOKENS", tokens)
         sets = [f"model.recompute={recompute}", "model.weights.source=nowhere"]
         sets += ["model.width=8", "model.groups=8", "model.temporal_width=8", "model.text.width=16", "model.blocks=1"]
         sets += ["model.perceptual=null"]
@@ -598,11 +599,13 @@ def test_dry_run_states_memory_by_part_and_what_recomputing_saves(tmp_path: Path
         assert set(facts["parameters"]["by_part"]) == {
             "encoder", "decoder", "temporal_encoder", "temporal_decoder", "(text)"
         }  # fmt: skip
-        kept[recompute] = memory["activations"]
+        kept[recompute, tokens] = memory["activations"]
     assert [row["clips"] for row in facts["batch"]["stages"]] == [3 * 2, 2 * 2 + 2 * 8, 2 * 2]
     console = Console(width=120, file=io.StringIO())
     plan.show(facts, console)
     for part in ("weights", "gradients", "optimizer", "partition", "adversary", "model states", "activations"):
         size = f"{memory[part.replace(' ', '_')] / 2**20:,.1f}"
         assert any(part in line and size in line for line in console.file.getvalue().splitlines()), part
-    assert kept["true"] < 0.6 * kept["false"]
+    assert kept["true", 100] < 0.6 * kept["false", 100]
+    # Two softmaxes over scores of 8 heads, 4 frames, 16 patches and 100 tokens, in each of at least 8 attentions.
+    assert kept["false", 100] > kept["false", 1] + 2 * 8 * (8 * 4 * 16 * 99) * 4

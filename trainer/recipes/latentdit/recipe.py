@@ -43,6 +43,11 @@ class LatentDitRecipe:
             )
         return self.config.latents
 
+    @property
+    def caption_width(self) -> int:
+        """Numbers a token of the captions; 0 where the model reads none."""
+        return self.config.caption_width
+
     def stages(self) -> tuple[Stage, ...]:
         """One stage, ``flow``."""
         return stages.stages()

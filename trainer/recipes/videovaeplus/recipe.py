@@ -43,6 +43,11 @@ class VideoVaePlusRecipe:
         """A cell's side."""
         return self.config.cell
 
+    @property
+    def caption_width(self) -> int:
+        """Numbers a token of the captions; 0 without text guidance."""
+        return self.config.text.width if self.config.text else 0
+
     def stages(self) -> tuple[Stage, ...]:
         """The published schedule for this configuration."""
         return stages.stages(self.config)
