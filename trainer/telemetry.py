@@ -141,7 +141,7 @@ class Appender:
 
     Files on this machine's disks are written at once, so that a killed process loses no line. For an object store the
     lines wait for a background thread, which writes them every ``interval`` seconds and at ``flush``. What only the
-    newest of matters (:meth:`latest`) is always that thread's: each second on disk, every ``interval`` elsewhere.
+    newest of matters (:meth:`latest`) is always that thread's: every two seconds on disk, every ``interval`` elsewhere.
     """
 
     def __init__(self, interval: float = 5.0) -> None:
@@ -182,7 +182,7 @@ class Appender:
 
     def _start(self, url: str) -> None:
         if self._thread is None:
-            self._interval = self._interval if storage.is_remote(url) else min(1.0, self._interval)
+            self._interval = self._interval if storage.is_remote(url) else min(2.0, self._interval)
             self._thread = threading.Thread(target=self._run, name="appender", daemon=True)
             self._thread.start()
 
