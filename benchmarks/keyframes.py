@@ -245,7 +245,7 @@ def main() -> int:
     parser.add_argument("videos", type=Path, help="folder of the videos that it was packed from")
     parser.add_argument("--results", default=ROOT / "benchmarks" / "results", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(1)  # small models; threads that wait for each other burn what the runs need
     opened = run.open_model(options.run)
     side = opened.manifest.schedule.stages[-1].clip.sizes[0][0]
     panels: list[Panel] = []

@@ -52,7 +52,7 @@ def main() -> int:
     parser.add_argument("--clips", type=int, default=60)
     parser.add_argument("--results", default=ROOT / "benchmarks" / "results", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(1)  # small models; threads that wait for each other burn what the runs need
     opened = run.open_model(options.run)
     rule, size = examine.fixed_rule(opened.manifest)
     held_back = examine.FixedClips(index.open_dataset(opened.manifest.data.eval), rule, size, options.clips)
