@@ -166,7 +166,7 @@ def _drop(url: str, file: str) -> None:
 
 def _embedded(dataset: index.Dataset, number: int, url: str, name: str, model: TextEncoder, batch: int) -> index.Shard:
     """Writes one shard anew as ``url/name``, with an embedding after each clip that has a caption, and its index."""
-    old = {row["key"].decode(): row for row in dataset.records(number)}
+    old = {int(row["offset"]): row for row in dataset.records(number)}
     members: list[index.Member] = []
     with storage.writer(storage.join(url, name)) as file:
         out = _Tar(file)
@@ -175,14 +175,15 @@ def _embedded(dataset: index.Dataset, number: int, url: str, name: str, model: T
             texts = sorted({caption for caption in captions if caption})
             embeddings = dict(zip(texts, model(texts), strict=True)) if texts else {}
             for (key, parts), caption in zip(samples, captions, strict=True):
-                places = {suffix: out.add(f"{key}.{suffix}", data) for suffix, data in parts.items()}
+                places = {suffix: out.add(f"{key}.{suffix}", data) for suffix, (_, data) in parts.items()}
                 stored = b""
                 if caption:
                     stored = _npy(embeddings[caption], f"{dataset.name}/{key}")
                     places[index.CAPTION_SUFFIX] = out.add(f"{key}.{index.CAPTION_SUFFIX}", stored)
-                for clip, suffix in index.clips_of(key, parts):
-                    if clip in old and suffix:
-                        members.append(_moved(old[clip], places[suffix], places, stored))
+                for _, suffix in index.clips_of(key, parts):
+                    row = old.get(parts[suffix][0]) if suffix else None
+                    if suffix and row is not None:
+                        members.append(_moved(row, places[suffix], places, stored))
         length = out.end()
     return index.write_shard_index(url, name, members, length)
 
@@ -215,11 +216,10 @@ class _Tar:
         return self.place + 2 * tarfile.BLOCKSIZE
 
 
-def _samples(dataset: index.Dataset, number: int) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, {suffix: bytes}) of each sample of a shard, old embeddings left out."""
-    reader = index._Reader(dataset.shard_url(number), int(dataset.shard_bytes[number]))
+def _samples(dataset: index.Dataset, number: int) -> Iterator[tuple[str, dict[str, tuple[int, bytes]]]]:
+    """(key, {suffix: (offset, bytes)}) of each sample of a shard, old embeddings left out."""
     current, parts = "", {}
-    with tarfile.open(fileobj=reader, mode="r:") as tar:  # type: ignore[call-overload]
+    with index.open_tar(dataset.shard_url(number), int(dataset.shard_bytes[number])) as tar:
         for info in tar:
             match = index._KEY.match(info.name)
             file = tar.extractfile(info) if info.isreg() and not index._climbs(info.name) else None
@@ -229,7 +229,7 @@ def _samples(dataset: index.Dataset, number: int) -> Iterator[tuple[str, dict[st
                 yield current, parts
                 parts = {}
             current = match[1]
-            parts[match[2]] = file.read()
+            parts.setdefault(match[2], (info.offset_data, file.read()))
     if parts:
         yield current, parts
 
@@ -245,14 +245,14 @@ def _batched(samples: Iterator[Any], size: int) -> Iterator[list[Any]]:
         yield batch
 
 
-def _caption(parts: dict[str, bytes]) -> str:
+def _caption(parts: dict[str, tuple[int, bytes]]) -> str:
     """The caption of a sample, empty where it has none."""
     if "json" in parts:
-        value = index._sidecar(parts["json"])
+        value = index._sidecar(parts["json"][1])
         found = value.get("caption") or value.get("text")
         if isinstance(found, str) and found.strip():
             return found.strip()
-    return parts.get("txt", b"").decode("utf-8", "replace").strip()
+    return parts.get("txt", (0, b""))[1].decode("utf-8", "replace").strip()
 
 
 def _npy(embedding_LD: Tensor, name: str) -> bytes:

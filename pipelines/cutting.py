@@ -33,6 +33,7 @@ from av.video.reformatter import ColorRange
 from numpy.typing import NDArray
 
 from pipelines import storage
+from pipelines.decode import SEALED
 from pipelines.faults import InputError, Skip
 from pipelines.rules import PackRules
 from pipelines.shots import Thumbnail, motion, shots, thumbnail
@@ -116,7 +117,7 @@ def cut(
                 pieces = _copied(source, rules)
             else:
                 pieces = _encoded(source, rules, chance)
-    except (av.error.FFmpegError, ValueError) as error:
+    except (av.error.FFmpegError, ValueError, OSError) as error:
         raise Skip("unreadable", f"{footage.name}: {_brief(error)}") from None
     if not pieces:
         raise Skip("short", f"{footage.name}: no shot of {rules.least_frames} frames; lower least_frames to keep it")
@@ -138,7 +139,10 @@ class _Stream:
                     "unreadable", f"{self.name}: raw video must carry its shape in its name, as in x_1920x1080_30.yuv"
                 )
             raw = {"video_size": f"{shape[1]}x{shape[2]}", "framerate": shape[3], "pixel_format": "yuv420p"}
-        self.container = av.open(str(path), format="rawvideo" if raw else None, options=raw, metadata_errors="replace")
+        self.file = path.open("rb")  # FFmpeg itself would read "%d" and "a:" in a name as a pattern and a protocol
+        self.container = av.open(
+            self.file, format="rawvideo" if raw else None, container_options=raw | SEALED, metadata_errors="replace"
+        )
         pictures = [s for s in self.container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
         if not pictures:
             kinds = sorted({stream.type for stream in self.container.streams}) or ["nothing"]
@@ -198,6 +202,7 @@ class _Stream:
 
     def close(self) -> None:
         self.container.close()
+        self.file.close()
 
 
 class _Images:
@@ -241,7 +246,7 @@ def _sane(stream: av.VideoStream, name: str) -> None:
 
 
 def _picture(path: Path, name: str) -> av.VideoFrame:
-    with av.open(str(path)) as container:
+    with av.open(io.BytesIO(path.read_bytes()), container_options=SEALED) as container:
         if not container.streams.video:
             raise Skip("no_video", f"{name} is not a picture")
         _sane(container.streams.video[0], name)
@@ -498,7 +503,7 @@ def _copied(source: _Stream, rules: PackRules) -> list[Piece]:
     pieces: list[Piece] = []
     run: list[av.Packet] = []
 
-    with av.open(str(source.path)) as container:
+    with source.path.open("rb") as file, av.open(file, container_options=SEALED) as container:
         stream = container.streams[source.stream.index]
 
         def close() -> None:

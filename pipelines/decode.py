@@ -27,6 +27,8 @@ from pipelines.faults import InputError, Skip
 Backend = Literal["torchcodec", "pyav"]
 BACKEND: Backend = "pyav"
 PIXELS_A_SIDE = 16384
+SEALED = {"protocol_whitelist": "none"}
+"""For FFmpeg's demuxers: what a file refers to (another file of a list, an address of a playlist) is not opened."""
 DECODED_BYTES = 2 << 30
 
 
@@ -43,7 +45,7 @@ class Info:
 def probe(data: bytes, image: bool, name: str) -> Info:
     """Reads the header and counts the frames, without decoding; raises Skip("undecodable") or Skip("absurd")."""
     try:
-        with av.open(io.BytesIO(data)) as container:
+        with av.open(io.BytesIO(data), container_options=SEALED) as container:
             stream = container.streams.video[0]
             height, width = stream.codec_context.height, stream.codec_context.width
             if image:
@@ -73,7 +75,8 @@ class Video:
         self.name = name
         self._image = image
         with self._skips():
-            self._container = av.open(io.BytesIO(data), format="mov" if data[4:8] == b"ftyp" and not image else None)
+            kind = "mov" if data[4:8] == b"ftyp" and not image else None
+            self._container = av.open(io.BytesIO(data), format=kind, container_options=SEALED)
             self._stream = self._container.streams.video[0]
             self._stream.thread_type = "NONE"
             self.height, self.width = self._stream.codec_context.height, self._stream.codec_context.width

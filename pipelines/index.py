@@ -57,7 +57,8 @@ VIDEO, IMAGE, LATENTS = range(3)
 SUFFIXES = {VIDEO: VIDEO_SUFFIXES, IMAGE: IMAGE_SUFFIXES, LATENTS: frozenset({LATENT_SUFFIX})}
 CAPTION_SUFFIX = "t5.npy"
 _PICKLES = frozenset({"pkl", "pickle", "pyd", "pth", "pt", "joblib"})
-_KEY = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]+)$")
+_KEY = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]+)$", re.DOTALL)
+KEY_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -457,6 +458,12 @@ def open_dataset(url: str, expect: str | None = None) -> Dataset:
             raise InputError(f"{where} is not there; did you mean {storage.redact(below)}?") from None
         raise InputError(f"{where} is not there; run `moviola index {storage.redact(url)}` first") from None
     digest = _digest(data)
+    for attempt in range(storage.REREADS if expect is not None else 0):
+        if digest == expect:
+            break
+        storage.pause("digest", attempt + 1)
+        data = storage.read_bytes(storage.join(url, "index.json"))
+        digest = _digest(data)
     if expect is not None and digest != expect:
         raise InputError(
             f"{where} changed since this run started (digest {digest}, the run has {expect}): the order of clips would "
@@ -583,7 +590,9 @@ def index_shard(
     members, skipped, named = [], Counter[str](), []
     where = storage.redact(storage.join(base, file))
     sidecars = _Sidecars()
-    for sample, parts in _samples(storage.join(base, file), length):
+    for sample, parts, again in _samples(storage.join(base, file), length):
+        skipped["duplicate"] += len(again)
+        named += [f"duplicate: {where}: a second member {name!r} of one sample; the first is taken" for name in again]
         for key, suffix in clips_of(sample, parts):
             try:
                 members.append(_member(key, suffix, parts, where, sidecars))
@@ -619,11 +628,15 @@ def _in_processes(workers: int, jobs: Sequence[tuple[str, str, str, int]]) -> It
             raise
 
 
-def _tars(url: str, prefix: str = "") -> Iterator[tuple[str, int]]:
-    for entry in storage.list_dir(storage.join(url, prefix) if prefix else url):
+def _tars(url: str, prefix: str = "", above: frozenset[str] = frozenset()) -> Iterator[tuple[str, int]]:
+    folder = storage.join(url, prefix) if prefix else url
+    real = storage.real(folder)
+    if real in above:
+        return  # a circle of links
+    for entry in storage.list_dir(folder):
         name = f"{prefix}/{entry.name}" if prefix else entry.name
         if entry.is_dir:
-            yield from _tars(url, name)
+            yield from _tars(url, name, above | {real})
         elif name.endswith(".tar"):
             yield name, entry.bytes
 
@@ -691,12 +704,19 @@ class _Reader(io.RawIOBase):
         return data
 
 
-def _samples(url: str, length: int) -> Iterator[tuple[str, dict[str, tuple[int, bytes]]]]:
-    """(key, {suffix: (offset, bytes)}) of each sample of a tar: neighbours of one key, as webdataset groups them."""
+def open_tar(url: str, length: int) -> tarfile.TarFile:
+    """A plain tar to walk through. What is not UTF-8 in a name reads as U+FFFD."""
+    return tarfile.open(fileobj=_Reader(url, length), mode="r:", errors="replace")  # type: ignore[call-overload]
+
+
+def _samples(url: str, length: int) -> Iterator[tuple[str, dict[str, tuple[int, bytes]], list[str]]]:
+    """(key, {suffix: (offset, bytes)}, names that came again) of each sample of a tar: neighbours of one key, as
+    webdataset groups them.
+    """
     where = storage.redact(url)
-    current, parts = "", {}
+    current, parts, again = "", {}, []
     try:
-        with tarfile.open(fileobj=_Reader(url, length), mode="r:") as tar:  # type: ignore[call-overload]
+        with open_tar(url, length) as tar:
             for info in tar:
                 if _climbs(info.name):
                     raise InputError(f"{where}: member {info.name!r} leaves its folder; refused")
@@ -712,7 +732,7 @@ def _samples(url: str, length: int) -> Iterator[tuple[str, dict[str, tuple[int, 
                 suffix = f"{before}{dot}{kind}"
                 if kind in _PICKLES:
                     raise InputError(f"{where}: member {info.name!r} may be a pickle; refused. Repack without it")
-                if info.size > MEMBER_BYTES:
+                if not 0 <= info.size <= MEMBER_BYTES:
                     raise InputError(
                         f"{where}: member {info.name!r} has {info.size} bytes; the limit is {MEMBER_BYTES}"
                     )
@@ -720,16 +740,20 @@ def _samples(url: str, length: int) -> Iterator[tuple[str, dict[str, tuple[int, 
                     raise InputError(f"{where} is cut off within {info.name!r}; copy the shard again")
                 if key != current:
                     if parts:
-                        yield current, parts
-                    current, parts = key, {}
+                        yield current, parts, again
+                    current, parts, again = key, {}, []
+                    if len(key.encode()) > KEY_BYTES:
+                        raise InputError(f"{where}: a member's name has over {KEY_BYTES} bytes: {key[:80]}...; refused")
                 wanted = kind in VIDEO_SUFFIXES | IMAGE_SUFFIXES or suffix in ("json", CAPTION_SUFFIX, LATENT_SUFFIX)
-                if wanted and suffix not in parts:
+                if wanted and suffix in parts:
+                    again.append(info.name)
+                elif wanted:
                     file = tar.extractfile(info)
                     parts[suffix] = (info.offset_data, file.read() if file else b"")
-    except tarfile.TarError as error:
+    except (tarfile.TarError, RecursionError) as error:
         raise InputError(f"{where} is not a plain tar: {error}") from None
     if parts:
-        yield current, parts
+        yield current, parts, again
 
 
 class _Sidecars:
@@ -747,7 +771,7 @@ class _Sidecars:
     def describe(self, sidecar: Mapping[str, Any], data: bytes, image: bool, name: str) -> Info:
         """Frames, fps and size of a clip: the sidecar's if it says them all and can be trusted, else the header's."""
         values = [sidecar.get(field) for field in ("frames", "fps", "height", "width")]
-        complete = not image and all(isinstance(value, int | float) and value > 0 for value in values)
+        complete = not image and all(isinstance(value, int | float) and 0 < value < 1 << 31 for value in values)
         if complete and self.trusted and self.compared >= self.CHECKED:
             return Info(int(values[0]), float(values[1]), int(values[2]), int(values[3]))
         found = probe(data, image, name)
@@ -815,7 +839,7 @@ def _member(
 def _sidecar(data: bytes) -> Mapping[str, Any]:
     try:
         value = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

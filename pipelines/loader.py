@@ -290,21 +290,25 @@ class _Jobs:
 
 class _Memory:
     """Memory for micro-batches, used again once no tensor is left that shares it: new memory costs page faults, up to a
-    tenth of what decoding into it does.
+    tenth of what decoding into it does. What no step has asked for in a while (an earlier stage's) is let go.
     """
 
-    def __init__(self) -> None:
-        self.free: list[np.ndarray] = []
+    IDLE_STEPS = 16
 
-    def empty(self, shape: tuple[int, ...]) -> Tensor:
+    def __init__(self) -> None:
+        self.free: list[tuple[int, np.ndarray]] = []
+        """(the last step that had it, memory)"""
+
+    def empty(self, shape: tuple[int, ...], step: int) -> Tensor:
         """A float32 tensor whose values are whatever was there; one thread asks."""
         size, free = math.prod(shape), self.free
-        at = next((at for at, whole in enumerate(free) if whole.size == size), None)
+        free[:] = [kept for kept in free if step - kept[0] <= self.IDLE_STEPS]
+        at = next((at for at, (_, whole) in enumerate(free) if whole.size == size), None)
         if at is None and free:
             del free[0]
-        whole = np.empty(size, np.float32) if at is None else free.pop(at)
+        whole = np.empty(size, np.float32) if at is None else free.pop(at)[1]
         lent = whole[:]  # what the tensor, and all that share its memory, keep alive
-        weakref.finalize(lent, free.append, whole).atexit = False
+        weakref.finalize(lent, free.append, (step, whole)).atexit = False
         return torch.from_numpy(lent).view(shape)
 
 
@@ -387,7 +391,7 @@ class _Run:
         frames = 0 if loader.layout else plan.rule.frames
         micros = []
         for part in shares:
-            pixels_BCTHW = self.memory.empty((part.count, 3, frames, *plan.size))
+            pixels_BCTHW = self.memory.empty((part.count, 3, frames, *plan.size), number)
             arrays, masks = empty(loader.layout, part.count)
             micros.append(_Micro(part, pixels_BCTHW, pixels_BCTHW.unbind(), arrays, masks, [None] * part.count))
         clips = sum(part.count for part in shares)

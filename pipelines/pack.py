@@ -670,8 +670,8 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _name(path: str) -> str:
-    """A path as it stands in messages and sidecars, also where it is not UTF-8."""
-    return storage.redact(os.fsencode(path).decode("utf-8", "replace"))
+    """A path as it stands in messages and sidecars; of what is not UTF-8 the bytes' numbers, so that no two are one."""
+    return storage.redact(os.fsencode(path).decode("utf-8", "backslashreplace"))
 
 
 def _path(url: str) -> Path:

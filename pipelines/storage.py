@@ -80,9 +80,11 @@ class RetryPolicy:
     least_rate: float = 512 << 10
 
     def wait(self, attempt: int, retry_after: float | None) -> float:
-        """Seconds before the next attempt: exponential with full jitter, at least the server's Retry-After."""
+        """Seconds before the next attempt: exponential with jitter, after the server's Retry-After (within a bound), so
+        that ranks which were sent away together do not come back together.
+        """
         backoff = min(self.longest_wait, self.first_wait * 2**attempt) * random.uniform(0.5, 1.0)
-        return max(backoff, min(retry_after or 0.0, 3 * self.longest_wait))
+        return min(retry_after or 0.0, 3 * self.longest_wait) + backoff
 
 
 class Counters:
@@ -339,9 +341,14 @@ def absolute(url: str) -> str:
     return url if is_remote(url) else os.path.abspath(_path(url))
 
 
+def real(url: str) -> str:
+    """``url``, with a local path's links followed."""
+    return url if is_remote(url) else os.path.realpath(_path(url))
+
+
 def is_remote(url: str) -> bool:
     """Whether ``url`` is on S3; raises InputError for a scheme but path, file:// and s3://, and for keys in one."""
-    if "\0" in unquote(url) or not _encodable(url):
+    if "\0" in (unquote(url) if url.startswith("file://") else url) or not _encodable(url):
         raise InputError(f"{url!r}: not a name that a file can have", status=2)
     scheme, found, rest = url.partition("://")
     if found and scheme == "s3":
@@ -500,7 +507,14 @@ class _Headers(dict[str, str]):
         return super().get(name.lower(), default)
 
 
-def _head(sock: Any) -> tuple[int, _Headers, bytes]:
+def _receive(sock: Any, deadline: float) -> bytes:
+    """What is there, at most HEADER_BYTES; raises TimeoutError where the answer should have been whole by now."""
+    if time.monotonic() > deadline:
+        raise TimeoutError("the answer was not whole before the time was up")
+    return sock.recv(HEADER_BYTES)
+
+
+def _head(sock: Any, deadline: float) -> tuple[int, _Headers, bytes]:
     """Status, headers and what came with them of the body. The standard library's parser, made for mail, takes longer
     than all else of a small read.
     """
@@ -509,7 +523,7 @@ def _head(sock: Any) -> tuple[int, _Headers, bytes]:
         while (end := data.find(b"\r\n\r\n")) < 0:
             if data.count(b"\n") > HEADERS or len(data) > HEADER_BYTES:
                 raise http.client.HTTPException(f"more than {HEADERS} headers, or {HEADER_BYTES} bytes of them")
-            more = sock.recv(HEADER_BYTES)
+            more = _receive(sock, deadline)
             if not more:
                 raise ConnectionResetError("closed within the headers" if data else "closed without an answer")
             data += more
@@ -528,7 +542,7 @@ def _head(sock: Any) -> tuple[int, _Headers, bytes]:
             return int(status[:3]), headers, data
 
 
-def _chunks(sock: Any, data: bytes) -> bytes:
+def _chunks(sock: Any, data: bytes, deadline: float) -> bytes:
     """A body in chunks, error messages mostly; ``data`` is what came of it."""
     body = b""
     while True:
@@ -541,7 +555,7 @@ def _chunks(sock: Any, data: bytes) -> bytes:
             body, data = body + rest[:count], rest[count + 2 :]
             if not count:
                 return body
-        elif more := sock.recv(HEADER_BYTES):
+        elif more := _receive(sock, deadline):
             data += more
         else:
             raise EOFError(f"{len(body)} bytes of an answer in chunks came")
@@ -578,10 +592,10 @@ class _Reads:
             connection.sock.sendall(f"GET {target} HTTP/1.1\r\nHost: {self.netloc}\r\n{part}\r\n".encode("ascii"))
             if _QUICK is not None:
                 connection.sock.setsockopt(socket.IPPROTO_TCP, _QUICK, 1)
-            status, headers, data = _head(connection.sock)
+            status, headers, data = _head(connection.sock, deadline)
             length = headers.get("content-length", "")
             if headers.get("transfer-encoding", "").lower() == "chunked":
-                data, ends = _chunks(connection.sock, data), True
+                data, ends = _chunks(connection.sock, data, deadline), True
             else:
                 ends = headers.get("connection", "").lower() == "close" or not length.isdecimal()
                 data = self._body(connection.sock, data, int(length) if length.isdecimal() else None, deadline)
@@ -602,9 +616,12 @@ class _Reads:
                     self.signed.pop(url, None)
             raise error
         if ranged and status == 200:
-            raise InputError(f"can't read part of {redact(url)}: {self.base} ignores byte ranges")
+            raise InputError(f"can't read part of {redact(url)}: {redact(self.base)} ignores byte ranges")
         if ranged and end is not None and len(data) != end - (start or 0):
-            raise _too_short(url, start or 0, end, int(headers["content-range"].rpartition("/")[2]))
+            whole = headers.get("content-range", "").rpartition("/")[2]
+            if not whole.isdecimal() or int(whole) >= end:
+                raise EOFError(f"{len(data)} of {end - (start or 0)} bytes came")
+            raise _too_short(url, start or 0, end, int(whole))
         if not length and "transfer-encoding" not in headers:
             raise EOFError(f"{len(data)} bytes of an answer without a length came")
         counters.request(read=len(data))
@@ -613,7 +630,7 @@ class _Reads:
     def _body(self, sock: Any, data: bytes, length: int | None, deadline: float) -> bytes:
         """The body that begins with ``data``: without TLS in one call, which the kernel fills; without length, all."""
         if length is None:
-            while more := sock.recv(HEADER_BYTES):
+            while more := _receive(sock, deadline):
                 data += more
             return data
         if len(data) >= length:

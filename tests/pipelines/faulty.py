@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import struct
 import threading
@@ -17,9 +18,10 @@ from pipelines import storage
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to one request. ``kind``: reset, stall, status, lose, truncate, dribble or corrupt.
+    """What happens to one request. ``kind``: reset, stall, status, lose, truncate, short, dribble, drawl or corrupt.
 
-    ``status`` with ``headers`` is what "status" answers; ``bytes`` of the body are sent before "truncate" closes.
+    ``status`` with ``headers`` is what "status" answers; ``bytes`` of the body are sent before "truncate" closes, or
+    are all that "short" says there are; "dribble" sends the body byte by byte, "drawl" the headers too.
     ``on`` limits the fault to requests whose first line holds that text; "lose" forwards and drops the answer.
     """
 
@@ -88,9 +90,13 @@ class FaultyProxy:
                 client.sendall(head + b"\r\n\r\n" + body[: fault.bytes])
             elif fault.kind == "corrupt":
                 client.sendall(head + b"\r\n\r\n" + bytes([body[0] ^ 1]) + body[1:])
-            elif fault.kind == "dribble":
-                client.sendall(head + b"\r\n\r\n")
-                for byte in body:
+            elif fault.kind == "short":
+                told = re.sub(rb"(?i)(content-length: )\d+", rb"\g<1>%d" % fault.bytes, head)
+                client.sendall(told + b"\r\n\r\n" + body[: fault.bytes])
+            elif fault.kind in ("dribble", "drawl"):
+                at_once, slowly = (head + b"\r\n\r\n", body) if fault.kind == "dribble" else (b"", answer)
+                client.sendall(at_once)
+                for byte in slowly:
                     client.sendall(bytes([byte]))
                     if self.closed.wait(0.02):
                         return

@@ -218,6 +218,24 @@ def test_all_videos_of_a_foreign_sample_keep_their_records(tmp_path, encoder):
         assert row["caption_bytes"] > 0
 
 
+def test_clips_of_one_name_keep_their_records(tmp_path, encoder):
+    first, second = (write(tmp_path / "a.mp4", scene(0, frames)).read_bytes() for frames in (12, 9))
+    url = tmp_path / "made"
+    url.mkdir()
+    with tarfile.open(url / "foreign.tar", "w") as tar:
+        parts = (("0.mp4", first), ("0.mp4", second), ("0.txt", b"a"), ("1.mp4", second), ("0.mp4", second))
+        for name, data in parts:
+            tar.addfile(*member(name, data))
+    index.index_dataset(str(url))
+    captions.embed_captions(str(url), encoder)
+    (file,) = (entry.name for entry in storage.list_dir(str(url)) if entry.name.endswith(".tar"))
+    rows = index.open_dataset(str(url)).records(0)
+    assert [int(row["frames"]) for row in rows] == [12, 9, 9]
+    for row, data in zip(rows, (first, second, second), strict=True):
+        start = int(row["offset"])
+        assert storage.read_bytes(f"{url}/{file}", start, start + int(row["bytes"])) == data
+
+
 def member(name, data):
     info = tarfile.TarInfo(name)
     info.size = len(data)

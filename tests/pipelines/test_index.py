@@ -16,7 +16,8 @@ import pytest
 import webdataset
 
 from pipelines import storage
-from pipelines.faults import InputError
+from pipelines.decode import probe
+from pipelines.faults import InputError, Skip
 from pipelines.index import (
     HEADER,
     IMAGE,
@@ -66,9 +67,11 @@ def picture(size: tuple[int, int] = (16, 32), codec: str = "png") -> bytes:
     return b"".join(bytes(p) for p in [*context.encode(frame.reformat(format=context.pix_fmt)), *context.encode(None)])
 
 
-def tar(members: list[tuple[str, bytes]], kinds: dict[str, bytes] | None = None) -> bytes:
+def tar(
+    members: list[tuple[str, bytes]], kinds: dict[str, bytes] | None = None, format: int = tarfile.DEFAULT_FORMAT
+) -> bytes:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as archive:
         for name, data in members:
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -254,6 +257,53 @@ def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
     (tmp_path / "shard.tar").write_bytes(tar([("x.mp4", b"")], {"x.mp4": kind}))
     with pytest.raises(InputError, match="is a link or device; refused"):
         index_dataset(str(tmp_path))
+
+
+def test_odd_names_and_members_that_come_twice(tmp_path: Path) -> None:
+    """Names that are not UTF-8, lines in a folder's name, one name twice in a sample, and again later."""
+    grey = [video(frames) for frames in (3, 4, 5, 6, 7)]
+    names = ["caf\udce9.mp4", "a\nb/c.mp4", "0.mp4", "0.mp4", "1.mp4", "0.mp4"]
+    (tmp_path / "s.tar").write_bytes(tar([*zip(names, [*grey, grey[0]], strict=True)], format=tarfile.GNU_FORMAT))
+    report = index_dataset(str(tmp_path))
+    rows = open_dataset(str(tmp_path)).records(0)
+    assert [row["key"].decode() for row in rows] == ["caf\ufffd", "a\nb/c", "0", "1", "0"]
+    assert [int(row["frames"]) for row in rows] == [3, 4, 5, 7, 3]
+    assert report.skipped == {"duplicate": 1} and "0.mp4" in report.named[0]
+
+
+def test_what_a_clip_refers_to_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of files, a description of a stream."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.mp4").write_bytes(video())
+    stream = b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n"
+    for number, data in enumerate((b"ffconcat version 1.0\nfile other.mp4\n", stream)):
+        with pytest.raises(Skip, match="undecodable"):
+            probe(data, False, "clip")
+        (tmp_path / f"{number}.tar").write_bytes(tar([("0.mkv", data), ("1.mp4", video())]))
+    assert index_dataset(str(tmp_path)).skipped == {"undecodable": 2}
+
+
+def test_a_circle_of_links_is_walked_once(tmp_path: Path) -> None:
+    (tmp_path / "s.tar").write_bytes(tar([("0.mp4", video())]))
+    (tmp_path / "again").symlink_to(tmp_path)
+    assert index_dataset(str(tmp_path)).shards == 1
+
+
+def test_headers_that_lead_back_or_in_are_refused(tmp_path: Path) -> None:
+    """A negative size, a name of 70,000 bytes, thousands of headers in one another."""
+    negative = bytearray(tar([("0.mp4", video())]))
+    negative[124:136] = (-512).to_bytes(12, "big", signed=True)
+    negative[148:156] = b" " * 8
+    negative[148:156] = b"%06o\0 " % sum(negative[:512])
+    nested = tar([("k" * 200 + ".mp4", b"")], format=tarfile.PAX_FORMAT)[:1024] * 3000
+    for data, words in (
+        (bytes(negative), "-512 bytes"),
+        (tar([("k" * 70000 + ".mp4", b"")]), "over 4096 bytes"),
+        (nested, "not a plain tar"),
+    ):
+        (tmp_path / "s.tar").write_bytes(data)
+        with pytest.raises(InputError, match=words):
+            index_dataset(str(tmp_path))
 
 
 def test_absurd_sizes_and_torn_tars_are_refused(tmp_path: Path) -> None:

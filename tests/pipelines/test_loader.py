@@ -26,7 +26,7 @@ from pipelines.clips import make_clip
 from pipelines.contracts import Batch, BatchPlan, ClipRule, Source, derive
 from pipelines.faults import FaultBudget, InputError
 from pipelines.index import Card, Dataset, Member, Shard, index_dataset, open_dataset, write_index, write_shard_index
-from pipelines.loader import Loader, coalesce
+from pipelines.loader import Loader, _Memory, coalesce
 from pipelines.order import Mixture
 
 torch.set_num_threads(1)
@@ -119,6 +119,16 @@ def test_memory_is_used_again_but_never_while_someone_holds_a_view_of_it(dataset
         del batches, pixels_BCTHW
     assert len(set(places)) <= 6, "as many as are under way, and the one that was held"
     assert places[3] in places[13:]
+
+
+def test_memory_of_an_earlier_stage_is_let_go() -> None:
+    memory, window = _Memory(), []
+    for step in range(60):
+        shapes = [(64, 64)] * 12 if step < 20 else [(8,), (4, 4)]
+        window.append([memory.empty(shape, step) for shape in shapes])
+        del window[:-3]
+        del shapes
+    assert sum(whole.nbytes for _, whole in memory.free) < 64 * 64 * 4
 
 
 def test_clips_stand_where_the_order_says(dataset: Dataset, reference: Trained) -> None:

@@ -333,6 +333,20 @@ def test_captions_from_files_beside_and_from_tables(videos, tmp_path):
         pack(folder, tmp_path / "wrong", wrong)
 
 
+def test_odd_names_are_names_and_nothing_else(tmp_path):
+    """Patterns, protocols and lists of FFmpeg's; names that are not UTF-8 and differ in that alone."""
+    source = tmp_path / "source"
+    video = write(source / "scene:1.mp4", scene(0, 12)).read_bytes()
+    for name in ("a%d.mp4", "a%00b.mp4", "new\nline.mp4", "caf\udce9.mp4", "caf\udcea.mp4"):
+        (source / name).write_bytes(video)
+    (source / "list.mp4").write_text("ffconcat version 1.0\nfile a%d.mp4\n")
+    summary = pack(source, tmp_path / "made", RULES)
+    keys = [key for key, *_ in clips(tmp_path / "made")]
+    assert len(set(keys)) == 6 and {kind: len(named) for kind, named in summary.skipped.items()} == {"unreadable": 1}
+    with contextlib.chdir(source):
+        assert pack("scene:1.mp4", tmp_path / "one", RULES).clips == {"train": 1}
+
+
 def test_lists_name_the_videos(videos, tmp_path):
     (videos / "list.txt").write_text(f"a.mp4\n# not this one\n\n{videos / 'sub' / 'f.mp4'}\nlost.mp4\n")
     try:
