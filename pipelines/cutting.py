@@ -239,7 +239,11 @@ class _Images:
 
 
 def _sane(stream: av.VideoStream, name: str) -> None:
-    """Raises Skip("absurd") for more pixels than memory should hold, before any is decoded."""
+    """Raises Skip before any is decoded: "absurd" for more pixels than memory should hold, "unreadable" where nobody
+    knows the codec.
+    """
+    if stream.codec_context is None:
+        raise Skip("unreadable", f"{name}: its video is of a codec that FFmpeg does not know")
     height, width = stream.codec_context.height, stream.codec_context.width
     if max(height, width) > PIXELS_A_SIDE or height * width > PIXELS:
         raise Skip("absurd", f"{name}: {height} x {width} pixels; at most {PIXELS_A_SIDE} a side and {PIXELS} in all")

@@ -46,7 +46,7 @@ def probe(data: bytes, image: bool, name: str) -> Info:
     """Reads the header and counts the frames, without decoding; raises Skip("undecodable") or Skip("absurd")."""
     try:
         with av.open(io.BytesIO(data), container_options=SEALED) as container:
-            stream = container.streams.video[0]
+            stream = _stream(container)
             height, width = stream.codec_context.height, stream.codec_context.width
             if image:
                 info = Info(1, 0.0, height, width)
@@ -77,7 +77,7 @@ class Video:
         with self._skips():
             kind = "mov" if data[4:8] == b"ftyp" and not image else None
             self._container = av.open(io.BytesIO(data), format=kind, container_options=SEALED)
-            self._stream = self._container.streams.video[0]
+            self._stream = _stream(self._container)
             self._stream.thread_type = "NONE"
             self.height, self.width = self._stream.codec_context.height, self._stream.codec_context.width
         _sane(self.height, self.width, 1, name)
@@ -241,6 +241,14 @@ def _judged(frames: Iterable[av.VideoFrame]) -> Iterator[tuple[av.VideoFrame, bo
     for frame in frames:
         intact = (intact or frame.key_frame) and not frame.is_corrupt
         yield frame, intact
+
+
+def _stream(container: av.container.InputContainer) -> av.VideoStream:
+    """The first video stream; raises IndexError where there is none, ValueError where nothing can decode it."""
+    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise ValueError("its video is of a codec that FFmpeg does not know")
+    return stream
 
 
 def _packets(container: av.container.InputContainer) -> list[av.Packet]:

@@ -16,6 +16,7 @@ import pytest
 import webdataset
 
 from pipelines import storage
+from pipelines.cutting import Footage, cut
 from pipelines.decode import probe
 from pipelines.faults import InputError, Skip
 from pipelines.index import (
@@ -37,6 +38,7 @@ from pipelines.index import (
     write_index,
     write_shard_index,
 )
+from pipelines.rules import PackRules
 
 
 def video(frames: int = 5, size: tuple[int, int] = (16, 32), suffix: str = "mp4", fps: int = 10) -> bytes:
@@ -281,6 +283,16 @@ def test_what_a_clip_refers_to_is_not_opened(tmp_path: Path, monkeypatch: pytest
             probe(data, False, "clip")
         (tmp_path / f"{number}.tar").write_bytes(tar([("0.mkv", data), ("1.mp4", video())]))
     assert index_dataset(str(tmp_path)).skipped == {"undecodable": 2}
+
+
+def test_a_codec_that_nobody_knows_is_skipped(tmp_path: Path) -> None:
+    strange = video().replace(b"avc1", b"zzzz")
+    (tmp_path / "s.tar").write_bytes(tar([("0.mp4", strange), ("1.mp4", video())]))
+    report = index_dataset(str(tmp_path))
+    assert report.skipped == {"undecodable": 1} and "codec that FFmpeg does not know" in report.named[0]
+    (tmp_path / "0.mp4").write_bytes(strange)
+    with pytest.raises(Skip, match="codec that FFmpeg does not know"):
+        cut(Footage("0.mp4", ("0.mp4",), len(strange)), [tmp_path / "0.mp4"], PackRules())
 
 
 def test_a_circle_of_links_is_walked_once(tmp_path: Path) -> None:
