@@ -100,6 +100,7 @@ class Mixture:
             raise ValueError("sizes and granularity must be at least 1, and weights above 0")
         self.seed = seed
         self.sizes = tuple(int(size) for size in sizes)
+        self.weights = tuple(weights)
         self.granularity = granularity
         self.runs = tuple(max(1, min(granularity, size // LEAST_RUNS)) for size in self.sizes)
         self.quotas = quotas(weights)
@@ -110,7 +111,7 @@ class Mixture:
         self._run = lru_cache(64)(lambda dataset, epoch, nth: self._epoch(dataset, epoch)[0](nth))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"args": (self.seed, self.sizes, self.quotas, self.granularity)}
+        return {"args": (self.seed, self.sizes, self.weights, self.granularity)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(*state["args"])  # type: ignore[misc]

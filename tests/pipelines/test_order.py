@@ -219,8 +219,9 @@ GOLDEN = [(0, 0, 1331652), (0, 0, 1331653), (0, 0, 8704621), (1, 0, 354), (1, 0,
 GOLDEN_SUBSTITUTE = 9138744
 
 
-def test_a_mixture_travels_to_another_process() -> None:
-    mixture = Mixture(3, [90, 40], [0.7, 0.3], 2)
+@pytest.mark.parametrize("weights", [(0.7, 0.3), (14.555, 21.318), (1e-5, 3.3)])
+def test_a_mixture_travels_to_another_process(weights: tuple[float, ...]) -> None:
+    mixture = Mixture(3, [90, 40], weights, 2)
     again = pickle.loads(pickle.dumps(mixture))
     assert [again.draw(place) for place in range(50)] == [mixture.draw(place) for place in range(50)]
 
