@@ -507,9 +507,9 @@ class _Headers(dict[str, str]):
         return super().get(name.lower(), default)
 
 
-def _receive(sock: Any, deadline: float) -> bytes:
-    """What is there, at most HEADER_BYTES; raises TimeoutError where the answer should have been whole by now."""
-    if time.monotonic() > deadline:
+def _receive(sock: Any, deadline: float, begun: bool) -> bytes:
+    """What is there, at most HEADER_BYTES; raises TimeoutError where what has begun should have been whole by now."""
+    if begun and time.monotonic() > deadline:
         raise TimeoutError("the answer was not whole before the time was up")
     return sock.recv(HEADER_BYTES)
 
@@ -523,7 +523,7 @@ def _head(sock: Any, deadline: float) -> tuple[int, _Headers, bytes]:
         while (end := data.find(b"\r\n\r\n")) < 0:
             if data.count(b"\n") > HEADERS or len(data) > HEADER_BYTES:
                 raise http.client.HTTPException(f"more than {HEADERS} headers, or {HEADER_BYTES} bytes of them")
-            more = _receive(sock, deadline)
+            more = _receive(sock, deadline, bool(data))
             if not more:
                 raise ConnectionResetError("closed within the headers" if data else "closed without an answer")
             data += more
@@ -555,7 +555,7 @@ def _chunks(sock: Any, data: bytes, deadline: float) -> bytes:
             body, data = body + rest[:count], rest[count + 2 :]
             if not count:
                 return body
-        elif more := _receive(sock, deadline):
+        elif more := _receive(sock, deadline, bool(data or body)):
             data += more
         else:
             raise EOFError(f"{len(body)} bytes of an answer in chunks came")
@@ -630,7 +630,7 @@ class _Reads:
     def _body(self, sock: Any, data: bytes, length: int | None, deadline: float) -> bytes:
         """The body that begins with ``data``: without TLS in one call, which the kernel fills; without length, all."""
         if length is None:
-            while more := _receive(sock, deadline):
+            while more := _receive(sock, deadline, bool(data)):
                 data += more
             return data
         if len(data) >= length:
