@@ -732,15 +732,20 @@ def using(url: str, use: Callable[[Checkpoint], T], warn: Warn = lambda text: No
 
 
 def load_weights(
-    url: str, ema: bool = False, engine: str = "model", warn: Warn = lambda text: None
+    url: str, ema: bool | None = False, engine: str = "model", warn: Warn = lambda text: None
 ) -> dict[str, Tensor]:
-    """Whole weights (or their average) and persistent buffers, by name. Raises InputError where no average was kept."""
+    """Whole weights and persistent buffers, by name; with ``ema`` their average, with None that where one was kept.
+
+    Raises InputError where ``ema`` is True and no average was kept.
+    """
 
     def read(checkpoint: Checkpoint) -> dict[str, Tensor]:
         view = checkpoint[engine]
-        if ema and view.meta["ema_decay"] is None:
+        kept = view.meta["ema_decay"] is not None
+        if ema and not kept:
             raise InputError(f"{storage.redact(checkpoint.url)} keeps no average of the weights: the run has ema: 0")
-        return {**dict(view.whole("ema" if ema else "weight")), **checkpoint._named(f"{engine}/buffer/", 0)}
+        averaged = kept if ema is None else ema
+        return {**dict(view.whole("ema" if averaged else "weight")), **checkpoint._named(f"{engine}/buffer/", 0)}
 
     return using(url, read, warn)
 

@@ -206,7 +206,7 @@ def _train(
                         engine.next_stage(stage, spec)
                         adversary = adversaries.enter(adversary, manifest, step, world.device)
                     if stage.init_from is not None:
-                        engine.load(checkpoint.load_weights(stage.init_from, ema=stage.init_average))
+                        engine.load(checkpoint.load_weights(stage.init_from, ema=None if stage.init_average else False))
                 telemetry.event("stage", step=step, stage=stage.name)
             rate = spec.rate(within, stage.steps)
             seed_everything(manifest.seed, step, world.rank)

@@ -239,8 +239,7 @@ def open_model(
     assert stored is not None
     recipe = manifest.changed_model(stored.loaded_recipe, sets)
     model = recipes.skeleton(recipe)
-    averaged = bool(stored.ema) if ema is None else ema
-    checkpoint.assign(model, checkpoint.load_weights(url, ema=averaged, warn=warn))
+    checkpoint.assign(model, checkpoint.load_weights(url, ema=ema, warn=warn))
     return Trained(stored, recipe, model.eval().requires_grad_(False), url)
 
 

@@ -112,7 +112,7 @@ class Stage(BaseModel):
         None, description="Checkpoint or run whose weights this stage starts from; optimizer and average start afresh."
     )
     init_average: bool = Field(
-        False, description="Whether init_from means its averaged weights, which are what encodes and is evaluated."
+        False, description="Whether init_from means the weights that encode: averaged ones where the run keeps any."
     )
     teachers: Mapping[str, str] = Field(
         default_factory=dict, description="Checkpoints or runs whose models the recipe learns from, frozen, by name."

@@ -220,6 +220,9 @@ def test_weights_load_without_a_process_group(root: str, two: Any) -> None:
         checkpoint.assign(nn.Linear(2, 2, bias=False), {"other.weight": torch.zeros(1)})
     with pytest.raises(InputError, match="keeps no average"):
         checkpoint.load_weights(url, ema=True, engine="noise")
+    for engine, ema in (("model", True), ("noise", False)):
+        given = checkpoint.load_weights(url, ema=None, engine=engine)
+        assert all(map(torch.equal, given.values(), checkpoint.load_weights(url, ema=ema, engine=engine).values()))
 
 
 def test_files_are_safetensors(root: str, one: Any) -> None:
