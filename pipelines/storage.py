@@ -268,16 +268,22 @@ def swap(url: str, data: bytes, expected: Version | None) -> Version | None:
     path = _path(url)
     with _explained("write", url):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with _locked(path):
             found = read_versioned(url)
             if (found[1] if found else None) != expected:
                 return None
             write_bytes(url, data)
-        finally:
-            os.close(lock)
     return _digest(data)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    lock = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def put_if_absent(url: str, data: bytes) -> bool:
@@ -318,17 +324,33 @@ def list_dir(url: str) -> list[Entry]:
     return sorted(entries, key=lambda entry: entry.name)
 
 
-def delete(url: str, recursive: bool = False) -> None:
-    """Removes the object, or everything below the folder with ``recursive``. What is absent stays absent."""
+def delete(
+    url: str, recursive: bool = False, *, version: Version | None = None, keep: Callable[[str], bool] | None = None
+) -> None:
+    """Removes the object, or everything below the folder with ``recursive``. What is absent stays absent.
+
+    With ``version`` the object goes only while it is of that version; stores that don't know conditional deletes (other
+    than AWS S3's) let it go at any. ``keep`` tells by a name directly in the folder whether that stays.
+    """
     if is_remote(url):
-        _s3().delete(url, recursive)
+        _s3().delete(url, recursive, version, keep)
         return
     path = _path(url)
     with _explained("delete", url), contextlib.suppress(FileNotFoundError):
-        if recursive and path.is_dir() and not path.is_symlink():
+        if version is not None:
+            with _locked(path):
+                if _digest(path.read_bytes()) == version:
+                    path.unlink()
+        elif not (recursive and path.is_dir() and not path.is_symlink()):
+            path.unlink()
+        elif keep is None:
             shutil.rmtree(path)
         else:
-            path.unlink()
+            for name in os.listdir(path):
+                if not keep(name):
+                    delete(join(url, name), recursive=True)
+            with contextlib.suppress(OSError):  # not empty
+                path.rmdir()
 
 
 def join(url: str, *parts: str) -> str:
@@ -909,16 +931,28 @@ class _S3:
     def list_dir(self, url: str) -> list[Entry]:
         return sorted(self._list(url, "/"), key=lambda entry: entry.name)
 
-    def delete(self, url: str, recursive: bool) -> None:
-        names = [join(url, entry.name) for entry in self._list(url, "")] if recursive else [url]
+    def delete(
+        self, url: str, recursive: bool, version: Version | None = None, keep: Callable[[str], bool] | None = None
+    ) -> None:
+        below = [entry.name for entry in self._list(url, "")] if recursive else []
+        names = [join(url, name) for name in below if not (keep and keep(name))] if recursive else [url]
+        condition = {} if version is None else {"IfMatch": version}
+
+        async def one(client: Any, name: str) -> None:
+            bucket, key = _split(name)
+            try:
+                await client.delete_object(Bucket=bucket, Key=key, **condition)
+            except Exception as error:
+                if not condition or _status(error) != 501:
+                    raise
+                await client.delete_object(Bucket=bucket, Key=key)
 
         async def remove(client: Any) -> None:
             for first in range(0, len(names), CONNECTIONS):
-                keys = [_split(name) for name in names[first : first + CONNECTIONS]]
-                await asyncio.gather(*(client.delete_object(Bucket=bucket, Key=key) for bucket, key in keys))
+                await asyncio.gather(*(one(client, name) for name in names[first : first + CONNECTIONS]))
                 counters.request()
 
-        with contextlib.suppress(Missing):
+        with contextlib.suppress(Missing, _Refused):
             self._run("delete", url, remove, len(names) * 4096)
 
     def _run(self, action: str, url: str, request: Callable[[Any], Awaitable[Any]], length: int = 0) -> Any:

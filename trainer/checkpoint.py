@@ -36,6 +36,7 @@ Digests are of 4 MiB blocks: a rank that needs a part of a file reads and verifi
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import random
@@ -70,6 +71,8 @@ BLOCK = 4 << 20
 RUN_BLOCKS = 8
 BACK = "Going back to the checkpoint before it; the steps since then are trained again."
 READERS = 8
+MARKS = ("COMMITTED", "manifest.json")
+"""What readers look for. Every attempt writes these names, the manifest first; all others bear its number."""
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -299,9 +302,7 @@ class Checkpointer:
         _mark(self.lease, folder, Commit(step, attempt, _digest(data)), data)
         self._doing = f"deleting the checkpoints of steps {dropped}"
         for old in dropped:
-            self.lease.hold()  # what an attempt that was away for a while takes for old, a newer one may count on
-            _unmark(_folder(self.run_url, old))
-            storage.delete(_folder(self.run_url, old), recursive=True)
+            _remove(self.lease, _folder(self.run_url, old))
 
     def _late(self) -> InputError:
         return InputError(
@@ -314,7 +315,7 @@ class Checkpointer:
 def _mark(lease: Lease, folder: str, commit: Commit, manifest: bytes) -> None:
     """Writes what readers look for. Whoever else does so for this commit writes the same bytes."""
     marker = {"step": commit.step, "attempt": commit.attempt, "manifest": commit.manifest}
-    for name, data in (("manifest.json", manifest), ("COMMITTED", (json.dumps(marker) + "\n").encode())):
+    for name, data in zip(reversed(MARKS), (manifest, (json.dumps(marker) + "\n").encode()), strict=True):
         url = storage.join(folder, name)
         found = storage.read_versioned(url)
         if found is None or found[0] != data:
@@ -322,10 +323,26 @@ def _mark(lease: Lease, folder: str, commit: Commit, manifest: bytes) -> None:
             lease.swap(url, data, found[1] if found else None)
 
 
-def _unmark(folder: str) -> None:
+def _unmark(lease: Lease, folder: str) -> None:
     """Takes a checkpoint out of sight, the marker first: what is half deleted is not committed."""
-    storage.delete(storage.join(folder, "COMMITTED"))
-    storage.delete(storage.join(folder, "manifest.json"))
+    urls = [storage.join(folder, name) for name in MARKS]
+    found = [(url, seen[1]) for url in urls if (seen := storage.read_versioned(url))]
+    lease.hold()
+    for url, version in found:
+        storage.delete(url, version=version)
+
+
+def _remove(lease: Lease, folder: str) -> None:
+    """Removes a checkpoint, or what is left of one. However long the process stood still on the way, of what a newer
+    attempt has written into the folder nothing goes: its files bear its number, its marks are another version.
+    """
+
+    def kept(name: str) -> bool:
+        numbered = re.search(r"\.a(\d+)\.", name)
+        return name in MARKS or (numbered is not None and int(numbered[1]) > lease.attempt)
+
+    _unmark(lease, folder)
+    storage.delete(folder, recursive=True, keep=kept)
 
 
 def _poll(done: Callable[[], bool], deadline: float, late: Callable[[], Exception]) -> None:
@@ -428,13 +445,20 @@ class Checkpoint:
         return EngineState(self, engine)
 
     def restore(self, engines: Mapping[str, Saves], warn: Warn) -> bool:
-        """Restores every engine; a collective. False, on every rank and with a warning, when it is damaged."""
+        """Restores every engine, and the rank's generators where the checkpoint has some for it; a collective.
+
+        False, on every rank and with a warning, when it is damaged.
+        """
         try:
+            with together():
+                rng = self.rng(dist.get_rank() if dist.is_initialized() else 0)
             for name, engine in engines.items():
                 engine.restore(self[name])
         except Damaged as error:
             warn(f"{error}. {BACK}")
             return False
+        if rng is not None:
+            set_rng(rng)
         return True
 
     def rng(self, rank: int) -> dict[str, Any] | None:
@@ -632,7 +656,7 @@ def candidates(run_url: str, lease: Lease, warn: Warn) -> Iterator[Checkpoint | 
             warn(f"{error}. {BACK}")
         if rank == 0:
             lease.forget(step)
-            _unmark(folder)
+            _unmark(lease, folder)
     raise InputError(_all_damaged(run_url, steps))
 
 
@@ -650,6 +674,23 @@ def _agree(do: Callable[[], T]) -> T:
     return answer[0]
 
 
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Raises the lowest rank's InputError on every rank, so that none waits for another in a collective."""
+    fault: InputError | None = None
+    try:
+        yield
+    except InputError as error:
+        fault = error
+    faults = [fault]
+    if dist.is_initialized():
+        faults = [None] * dist.get_world_size()
+        dist.all_gather_object(faults, fault)
+    for first in faults:
+        if first is not None:
+            raise first
+
+
 def _take_stock(run_url: str, lease: Lease, warn: Warn) -> list[int]:
     whole = []
     registered = {commit.step: commit for commit in lease.commits()}
@@ -663,8 +704,7 @@ def _take_stock(run_url: str, lease: Lease, warn: Warn) -> list[int]:
             whole.append(_marker(folder))
         except storage.Missing:
             if step not in registered:
-                lease.hold()
-                storage.delete(folder, recursive=True)
+                _remove(lease, folder)
         except Damaged:
             whole.append(Commit(step, 0, ""))
     lost = sorted(registered.keys() - {commit.step for commit in whole})
@@ -686,10 +726,11 @@ def _all_damaged(run_url: str, steps: Iterable[int]) -> str:
 def _marker(folder: str) -> Commit:
     """What COMMITTED says; raises storage.Missing, Damaged."""
     data = storage.read_bytes(storage.join(folder, "COMMITTED"))
-    try:
-        return Commit(**json.loads(data))
-    except (ValueError, TypeError):
-        raise Damaged(f"{storage.redact(folder)} is damaged: COMMITTED is not what was written") from None
+    with contextlib.suppress(ValueError, TypeError):
+        commit = Commit(**json.loads(data))
+        if _name(commit.step) == folder.rstrip("/").rpartition("/")[2]:
+            return commit
+    raise Damaged(f"{storage.redact(folder)} is damaged: COMMITTED is not what was written")
 
 
 def newest(url: str, warn: Warn = lambda text: None) -> Checkpoint | None:
@@ -839,7 +880,11 @@ def set_rng(state: Mapping[str, Any]) -> None:
 
 
 def _folder(run_url: str, step: int) -> str:
-    return storage.join(run_url, "checkpoints", f"step-{step:08d}")
+    return storage.join(run_url, "checkpoints", _name(step))
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _steps(run_url: str) -> list[int]:

@@ -42,7 +42,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipelines.faults import InputError
-from trainer.checkpoint import Piece, Snapshot
+from trainer.checkpoint import Piece, Snapshot, together
 from trainer.stage import OptimizerSpec
 
 if not torch.cuda.is_available():
@@ -320,13 +320,9 @@ class Engine:
             for piece in self.pieces()
             if (averaged if piece.kind == "ema" else piece.kind == "weight" or piece.name in steps)
         ]
-        error, buffers = None, {}
-        try:
+        with together():
             state.fill(kept)
             buffers = state.buffers(self.rank)
-        except InputError as fault:
-            error = fault
-        _raise_together(error)
         self._load_buffers(buffers)
         self._publish()
         if self.ema_decay is not None and not averaged:
@@ -628,15 +624,6 @@ def _whole(
         got = [torch.empty_like(sent) for _ in layout]
         dist.all_gather(got, sent)
         yield name, torch.cat([got[rank][:numel] for _, numel, rank in runs] or [sent])
-
-
-def _raise_together(error: InputError | None) -> None:
-    """Raises the lowest rank's error on every rank, so that none waits for another in a collective."""
-    errors: list[InputError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    for fault in errors:
-        if fault is not None:
-            raise fault
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -316,9 +316,9 @@ def test_old_checkpoint_stays_until_a_newer_one_is_committed(run_url: str, monke
     seen = []
     delete = storage.delete
 
-    def watched(url: str, recursive: bool = False) -> None:
+    def watched(url: str, *rest: Any, **options: Any) -> None:
         seen.append(Path(folder(run_url, 2), "COMMITTED").exists())
-        delete(url, recursive)
+        delete(url, *rest, **options)
 
     monkeypatch.setattr(storage, "delete", watched)
     commit(run_url, (2,), keep=1, lease=lease)
@@ -387,6 +387,27 @@ def test_an_attempt_that_is_replaced_just_after_its_commit_marks_and_deletes_not
     assert resume(run_url) == (2, 2.0, []), "it counts, so the new attempt marks it"
 
 
+def test_an_attempt_that_stands_still_within_a_deletion_deletes_nothing_of_a_newer_one(
+    run_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = commit(run_url, (1, 2))
+    saver, delete, newer = Checkpointer(run_url, lease, keep=1, timeout=10), storage.delete, []
+
+    def late(url: str, *rest: Any, **options: Any) -> None:
+        if not newer:  # the old attempt holds the lease no longer, and is about to delete step 1
+            newer.append(Lease.take(run_url))
+            shutil.rmtree(folder(run_url, 1))
+            commit(run_url, (1,), keep=9, lease=newer[0])
+        delete(url, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "delete", late)
+        saver.save(3, {"model": Plain(3)}, {})
+        with pytest.raises(Fenced, match="replaced by attempt 2"):
+            saver.close()
+    Checkpoint(str(folder(run_url, 1))).verify()
+
+
 @pytest.mark.parametrize("answer", ["ignored", "refused"])
 def test_storage_without_conditional_writes_fences_less_and_says_so(
     run_url: str, monkeypatch: pytest.MonkeyPatch, answer: str
@@ -436,7 +457,7 @@ def test_file_that_is_no_lease_is_named(run_url: str) -> None:
         Lease.take(run_url)
 
 
-@pytest.mark.parametrize("how", ["flip", "cut", "lose", "state", "manifest", "marker"])
+@pytest.mark.parametrize("how", ["flip", "cut", "lose", "state", "rng", "manifest", "marker", "step"])
 def test_damaged_newest_falls_back_with_a_warning(run_url: str, how: str) -> None:
     commit(run_url, (1, 2))
     here = folder(run_url, 2)
@@ -447,12 +468,17 @@ def test_damaged_newest_falls_back_with_a_warning(run_url: str, how: str) -> Non
         file.write_bytes(file.read_bytes()[:-1])
     elif how == "lose":
         file.unlink()
+    elif how == "step":
+        (here / "COMMITTED").write_text((here / "COMMITTED").read_text().replace('"step": 2', '"step": 1'))
+    elif how == "rng":
+        harm(here / "rank-00000.a1.json")
     else:
         name = {"state": "state.a1.json", "manifest": "manifest.json", "marker": "COMMITTED"}[how]
         (here / name).write_text((here / name).read_text()[:-5])
     warnings: list[str] = []
-    assert checkpoint.load_weights(run_url, warn=warnings.append)["x"][0] == 1
-    assert len(warnings) == 1 and "step-00000002 is damaged" in warnings[0]
+    if how != "rng":
+        assert checkpoint.load_weights(run_url, warn=warnings.append)["x"][0] == 1
+        assert len(warnings) == 1 and "step-00000002 is damaged" in warnings[0]
     step, value, told = resume(run_url)
     assert (step, value) == (1, 1.0)
     assert len(told) == 1
