@@ -14,7 +14,7 @@ from trainer import checkpoint
 from trainer.manifest import RunManifest
 from trainer.metrics import seconds_left
 from trainer.run import load
-from trainer.telemetry import goodput, heard_last, read_lines
+from trainer.telemetry import goodput, heard_last, newest_ledger, read_lines
 
 State = Literal["new", "waiting", "running", "stopped", "done", "failed", "silent"]
 """``waiting``: a cluster has it and has not begun; ``silent``: its process is gone, or, where that can't be seen from
@@ -37,8 +37,8 @@ def metrics(run_url: str, tail_bytes: int | None = None) -> list[dict[str, Any]]
 
 
 def newest(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of lines of metrics.jsonl the newest for each step, in order of steps."""
-    found = {line["step"]: line for line in lines}
+    """Of lines of metrics.jsonl that of the newest attempt for each step, in order of steps."""
+    found = {line["step"]: line for line in sorted(lines, key=lambda line: line["attempt"])}
     return [found[step] for step in sorted(found)]
 
 
@@ -77,14 +77,14 @@ def status(run_url: str, run: RunManifest | None = None) -> Status:
     run = run or load(run_url)
     assert run is not None
     happened = events(run_url)
-    logged = sorted(metrics(run_url, tail_bytes=1 << 16), key=lambda line: line["time"])  # not what an attempt lost
+    logged = metrics(run_url, tail_bytes=1 << 16)
+    logged.sort(key=lambda line: (line["attempt"], line["time"]))  # not what an attempt lost, or one that was replaced
     last = logged[-1] if logged else None
     starts = [e for e in happened if e["event"] == "start"]
     ends = [e for e in happened if e["event"] in ("done", "stopped", "failed", *BEGINNINGS)]
     alive = heard_last(run_url, happened)
-    ledgers = [e["ledger"] for e in (*happened, *logged[-1:], alive or {}) if "ledger" in e]
-    ledger = max(ledgers, key=lambda state: state["time"], default=None)
-    heard = max((e["time"] for e in (*happened, *logged[-1:], *ledgers)), default=0.0)
+    ledger = newest_ledger((*happened, *logged[-1:], alive or {}))
+    heard = max((e["time"] for e in (*happened, *logged[-1:], *([ledger] if ledger else []))), default=0.0)
     state: State = "new"
     if ends:
         state = "running" if ends[-1]["event"] in BEGINNINGS else ends[-1]["event"]

@@ -35,7 +35,7 @@ from trainer.heartbeat import STEP, Heartbeat
 from trainer.manifest import LEAVE_SECONDS, RunManifest
 from trainer.run import is_done, models_of
 from trainer.signals import Signals
-from trainer.telemetry import Ledger, Telemetry, heard_last, read_lines
+from trainer.telemetry import Ledger, Telemetry, heard_last, newest_ledger, read_lines, surviving
 
 Outcome = Literal["done", "stopped"]
 
@@ -134,10 +134,11 @@ def _train(
     torch.set_deterministic_debug_mode("warn")
     schedule, recipe = manifest.schedule, manifest.loaded_recipe
     lease = checkpoint.Lease.take(run_url)
-    ledger, before = _before(run_url)
+    past = _Past.read(run_url)
     telemetry = Telemetry(
-        manifest, run_url, rank=world.rank, world=world.size, attempt=lease.attempt, before=before, alone=launch is None
-    )
+        manifest, run_url, rank=world.rank, world=world.size, attempt=lease.attempt, before=past.counters,
+        alone=launch is None,
+    )  # fmt: skip
 
     def warn(text: str) -> None:
         telemetry.event("warning", message=text)
@@ -146,7 +147,7 @@ def _train(
         first = saved.step if saved else 0
         if saved and first >= schedule.steps:
             try:
-                return _whole(saved, manifest, run_url, world, lease, telemetry, ledger)
+                return _whole(saved, manifest, run_url, world, lease, telemetry, past.go_on(saved))
             except checkpoint.Damaged as error:
                 warn(f"{error}. {checkpoint.BACK}")
                 continue
@@ -160,6 +161,7 @@ def _train(
         kept = adversaries.engines(engine, adversary if adversaries.goes_on(manifest, first) else None)
         if saved is None or saved.restore(kept, warn):
             break
+    ledger = past.go_on(saved)
     everyone = _everyone(world, telemetry.address)
     telemetry.event("start", from_step=first, world=world.size, workers=everyone, launch=launch)
     own = recipe.teachers()
@@ -169,9 +171,11 @@ def _train(
         timeout=manifest.checkpoint.timeout_seconds, before_commit=telemetry.flush, committed=first or None,
     )  # fmt: skip
     clips = open_loader(manifest, world, telemetry.budget)
+    if saved:
+        clips.load_state_dict(saved.state["loader"])
     flops = FlopMeter()
     exam = Examination(manifest, world.device) if manifest.evaluation.every_steps else None
-    signals = Signals(run_url, world)
+    signals = Signals(run_url, world, lease.hold)
     if on_start is not None:
         on_start(signals)
     digest = manifest.digest()
@@ -193,7 +197,7 @@ def _train(
     ledger.ready()
     heartbeat.at(first, "waiting for data")
     with telemetry, contextlib.closing(clips), signals:
-        for step, batches in clips.iter_from(first):
+        for step, batches in clips:
             stage = schedule.stage(step)
             spec = manifest.optimizer_for(stage)
             within = step - schedule.first_steps[schedule.index(step)]
@@ -331,19 +335,36 @@ def _note_commit(saver: checkpoint.Checkpointer, ledger: Ledger, telemetry: Tele
         telemetry.committed(step, ledger, saver.bytes, saver.phases)
 
 
-def _before(run_url: str) -> tuple[Ledger, dict[str, Any]]:
-    """Goes on with the run's ledger and counters where the last attempt, or the last command, left them."""
-    lines = read_lines(storage.join(run_url, "metrics.jsonl"), tail_bytes=1 << 16)
-    events = read_lines(storage.join(run_url, "events.jsonl"))
-    states = [line["ledger"] for line in (*lines, *events, heard_last(run_url, events) or {}) if "ledger" in line]
-    launches = [event["time"] for event in events if event["event"] == "launch"]
-    if launches:  # also of commands that died before they trained a step
-        states.append({"start": min(launches), "time": min(launches), "seconds": {}, "uncommitted": 0, "stopped": True})
-    last = max(states, key=lambda state: state["time"], default=None)
-    launched = max(launches, default=None)
-    since = [e["time"] for e in events if e["event"] in ("restart", "resize") and last and e["time"] > last["time"]]
-    counters = lines[-1].get("counters", {}) if lines else {}
-    return Ledger(last, launched=launched, restarted=min(since, default=None)), counters
+@dataclass(frozen=True)
+class _Past:
+    """What the logs of a run say of its time: as the last attempt, or the last command, left it."""
+
+    ledger: dict[str, Any] | None
+    launched: float | None
+    restarts: list[float]
+    counters: dict[str, Any]
+    met: float
+    """When this attempt's processes had met."""
+
+    @classmethod
+    def read(cls, run_url: str) -> _Past:
+        met = time.time()
+        lines = read_lines(storage.join(run_url, "metrics.jsonl"), tail_bytes=1 << 16)
+        events = read_lines(storage.join(run_url, "events.jsonl"))
+        launches = [event["time"] for event in events if event["event"] == "launch"]
+        last = newest_ledger((*lines, *events, heard_last(run_url, events) or {}))
+        if last is None and launches:  # commands that died before they trained a step
+            begun = min(launches)
+            last = {"start": begun, "time": begun, "seconds": {}, "uncommitted": 0.0, "stopped": True}
+        restarts = [event["time"] for event in events if event["event"] in ("restart", "resize")]
+        newest = max(lines, key=lambda line: (line["attempt"], line["time"]), default={})
+        return cls(last, max(launches, default=None), restarts, newest.get("counters", {}), met)
+
+    def go_on(self, saved: checkpoint.Checkpoint | None) -> Ledger:
+        """The run's ledger, for an attempt that goes on from the checkpoint."""
+        last = surviving(self.ledger, saved.state["ledger"]) if saved else self.ledger
+        since = [then for then in self.restarts if last and then > last["time"]]
+        return Ledger(last, launched=self.launched, restarted=min(since, default=None), met=self.met)
 
 
 def _everyone(world: World, address: str) -> list[dict[str, Any]]:

@@ -167,6 +167,7 @@ class RunMetrics(Collector):
         self._lock = threading.Lock()
         self._lines: deque[Mapping[str, Any]] = deque(maxlen=PACE_LINES)
         self._ledger: Mapping[str, Any] | None = None
+        self._age = (0, 0.0)
         self._evaluation: Mapping[str, Any] | None = None
         self._commit: Mapping[str, Any] | None = None
         self._commits = 0
@@ -197,14 +198,16 @@ class RunMetrics(Collector):
                 self._commit = event if kind == "commit" else self._commit
                 self._commits += kind == "commit"
                 self._evaluation = event if kind == "evaluation" else self._evaluation
-                self._newest(event.get("ledger"))
+                self._newest(event)
             for line in lines:
-                self._lines.append(line)
-                self._newest(line["ledger"])
+                if not self._lines or line["attempt"] >= self._lines[-1]["attempt"]:
+                    self._lines.append(line)
+                self._newest(line)
 
-    def _newest(self, ledger: Mapping[str, Any] | None) -> None:
-        if ledger is not None and (self._ledger is None or ledger["time"] >= self._ledger["time"]):
-            self._ledger = ledger
+    def _newest(self, said: Mapping[str, Any]) -> None:
+        """What an attempt says that was replaced, but lives, is left out."""
+        if "ledger" in said and (age := (said["attempt"], said["ledger"]["time"])) >= self._age:
+            self._ledger, self._age = said["ledger"], age
 
     @property
     def workers(self) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from pipelines import storage
 from pipelines.faults import InputError
+from trainer.lease import Fenced
 
 
 class Wish(NamedTuple):
@@ -33,11 +35,13 @@ class _World(Protocol):
 class Signals:
     """The run's ear. ``stop.json`` on its storage, :meth:`stop` (a signal) and :meth:`notice` (a preemption) speak.
 
-    A context manager around training. It waits for the reduction that is under way, but not where training failed: then
-    a peer may never come.
+    It also looks whether the lease still holds: an attempt that was replaced ends within seconds, not at its next
+    commit. A context manager around training. It waits for the reduction that is under way, but not where training
+    failed: then a peer may never come.
     """
 
-    def __init__(self, run_url: str, world: _World) -> None:
+    def __init__(self, run_url: str, world: _World, hold: Callable[[], None]) -> None:
+        self._hold, self._fenced = hold, False
         self._url = storage.join(run_url, "stop.json")
         self._asked = threading.Event()
         self._closing = threading.Event()
@@ -70,8 +74,10 @@ class Signals:
     def agreed(self, margin: float) -> Wish:
         """The same answer on all ranks at the same step, at most one step after any of them knew.
 
-        ``leave`` comes ``margin`` seconds before the deadline.
+        ``leave`` comes ``margin`` seconds before the deadline. Raises Fenced, on rank 0, where the lease is another's.
         """
+        if self._fenced:
+            self._hold()
         known = self._deadline
         flags = torch.tensor(
             [self._asked.is_set(), known is not None, known is not None and time.time() > known - margin],
@@ -114,6 +120,11 @@ class Signals:
     def _watch(self) -> None:
         while not self._closing.wait(3.0 if storage.is_remote(self._url) else 0.5):
             with contextlib.suppress(InputError):  # storage that does not answer now will later
+                try:
+                    self._hold()
+                except Fenced:
+                    self._fenced = True
+                    return
                 if storage.exists(self._url):
                     self._asked.set()
                     return

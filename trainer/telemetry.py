@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -53,11 +53,13 @@ class Ledger:
         *,
         launched: float | None = None,
         restarted: float | None = None,
+        met: float | None = None,
         clock: Any = time.time,
     ) -> None:
         """``previous`` is the last known state of the run's ledger, ``launched`` when the present command began.
 
-        ``restarted`` is when the launcher last learnt of a death; without it, its time counts as ``schedule``.
+        ``restarted`` is when the launcher last learnt of a death; without it, its time counts as ``schedule``. ``met``
+        is when the attempt's processes had met: now, unless it is given.
         """
         self._clock = clock
         self.seconds: dict[str, float] = dict.fromkeys(CAUSES, 0.0)
@@ -78,8 +80,9 @@ class Ledger:
         else:
             known = min(max(left, restarted or left), max(left, now))
             self.seconds["recovery_detect"] += known - left
-            self.cause, self._mark = "recovery_schedule", known
-            self.enter("recovery_load")
+            met = min(max(known, now if met is None else met), max(known, now))
+            self.seconds["recovery_schedule"] += met - known
+            self.cause, self._mark = "recovery_load", met
 
     def ready(self) -> None:
         """The attempt is set up: what comes now, until a step is trained, is its first step."""
@@ -126,8 +129,34 @@ class Ledger:
         """Plain data for metrics.jsonl and checkpoints; ``stopped`` marks an orderly end, after which time is idle."""
         if self.cause != "productive":
             self._settle()
-        state = {"start": self.start, "time": self._clock(), "seconds": dict(self.seconds)}
-        return {**state, "uncommitted": self.uncommitted, "stopped": stopped}
+        now = self._clock()
+        running = now - self._mark
+        state = {"start": self.start, "time": now, "seconds": dict(self.seconds)}
+        return {**state, "uncommitted": self.uncommitted + running, "stopped": stopped}
+
+
+def surviving(last: Mapping[str, Any] | None, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The run's last known ledger, where training goes on from a checkpoint that holds the state ``saved``.
+
+    Steps that the checkpoint holds are no lost work, also where the attempt died before it could say that they were
+    committed. Where the logs are gone, or older than the checkpoint, its own counters are the last known.
+    """
+    if last is None or saved["time"] > last["time"]:
+        last = saved
+    known = saved["seconds"]["productive"] + saved["uncommitted"]
+    productive = last["seconds"].get("productive", 0.0)
+    kept = min(max(0.0, known - productive), last["uncommitted"])
+    seconds = {**last["seconds"], "productive": productive + kept}
+    return {**last, "seconds": seconds, "uncommitted": last["uncommitted"] - kept}
+
+
+def newest_ledger(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The newest state of the ledger in lines of the logs. An attempt that was replaced, but lives, says nothing of it
+    any more.
+    """
+    known = [line for line in lines if "ledger" in line]
+    newest = max(known, key=lambda line: (line["attempt"], line["ledger"]["time"]), default=None)
+    return newest["ledger"] if newest else None
 
 
 def goodput(state: Mapping[str, Any]) -> float:
@@ -197,9 +226,19 @@ class Appender:
                 storage.append_text(url, "".join(lines))
             for url, record in latest.items():
                 with contextlib.suppress(InputError):
-                    storage.write_json(url, _plain(record))
+                    self._replace(url, record)
             for call in written:
                 call()
+
+    def _replace(self, url: str, record: Mapping[str, Any]) -> None:
+        """Where a newer attempt has written, one that was replaced, but lives, leaves that as it is."""
+        found, attempt = storage.read_versioned(url), 0
+        if found is not None:
+            with contextlib.suppress(ValueError, KeyError):
+                attempt = json.loads(found[0])["attempt"]
+        if attempt <= record["attempt"]:
+            data = (json.dumps(_plain(record), indent=1) + "\n").encode()
+            storage.swap(url, data, found[1] if found else None)
 
     def close(self) -> None:
         """Writes everything and ends the thread; raises what the thread met."""

@@ -7,8 +7,10 @@ import random
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from trainer import checkpoint
 from trainer import engine as engines
 from trainer.checkpoint import Checkpoint, Checkpointer, Damaged, Fenced, Lease, Piece, Snapshot
 from trainer.engine import Engine
+from trainer.signals import Signals
 
 BORDER = 3
 
@@ -406,6 +409,17 @@ def test_an_attempt_that_stands_still_within_a_deletion_deletes_nothing_of_a_new
         with pytest.raises(Fenced, match="replaced by attempt 2"):
             saver.close()
     Checkpoint(str(folder(run_url, 1))).verify()
+
+
+def test_an_attempt_that_was_replaced_ends_between_commits_too(run_url: str) -> None:
+    old, until = Lease.take(run_url), time.monotonic() + 10
+    with Signals(run_url, SimpleNamespace(rank=0, size=1), old.hold) as signals:
+        assert not any(signals.agreed(0.0))
+        Lease.take(run_url)
+        with pytest.raises(Fenced, match="replaced by attempt 2"):
+            while time.monotonic() < until:
+                signals.agreed(0.0)
+                time.sleep(0.02)
 
 
 @pytest.mark.parametrize("answer", ["ignored", "refused"])

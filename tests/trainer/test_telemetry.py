@@ -6,6 +6,7 @@ import re
 import socket
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,17 @@ from pipelines.faults import InputError
 from pipelines.loader import LoaderMetrics
 from trainer import loop, manifest
 from trainer.metrics import Histogram, RunMetrics, seconds_left
-from trainer.telemetry import CAUSES, Appender, Ledger, Telemetry, goodput, heard_last, read_lines
+from trainer.telemetry import (
+    CAUSES,
+    Appender,
+    Ledger,
+    Telemetry,
+    goodput,
+    heard_last,
+    newest_ledger,
+    read_lines,
+    surviving,
+)
 
 
 class Clock:
@@ -75,6 +86,45 @@ def test_every_second_has_one_cause_across_a_death_and_a_stop():
     assert goodput(later) == 21 / (clock.now - 1000)
 
 
+def test_steps_that_a_checkpoint_holds_are_not_lost_whoever_knew_of_the_commit():
+    clock = Clock()
+    ledger = Ledger(launched=clock.now, clock=clock)
+
+    def steps(first, last):
+        for step in range(first, last):
+            ledger.enter("productive")
+            clock.now += 3
+            ledger.trained(step)
+
+    steps(0, 4)
+    saved = ledger.state()
+    steps(4, 6)
+    dead = ledger.state()
+    assert (dead["seconds"]["productive"], dead["uncommitted"]) == (0, 18)
+    seconds = Ledger(surviving(dead, saved), clock=clock).state()["seconds"]
+    assert (seconds["productive"], seconds["lost"]) == (12, 6)
+    ledger.commit(5)
+    known = ledger.state()
+    assert surviving(known, saved) == known, "of what was known to be committed, nothing counts twice"
+    for logs in (None, {**dead, "time": saved["time"] - 1}):
+        clock.now += 5
+        state = Ledger(surviving(logs, saved), launched=clock.now - 1, clock=clock).state()
+        assert state["seconds"]["productive"] == 12 and state["seconds"]["lost"] == 0
+        assert sum(state["seconds"].values()) == clock.now - state["start"], "the checkpoint's counters serve"
+
+
+def test_a_state_in_the_middle_of_a_step_adds_up():
+    clock = Clock()
+    ledger = Ledger(launched=clock.now, clock=clock)
+    clock.now += 2
+    ledger.enter("productive")
+    clock.now += 3
+    ledger.trained(0)
+    clock.now += 4
+    state = ledger.state()
+    assert sum(state["seconds"].values()) + state["uncommitted"] == state["time"] - state["start"] == 9
+
+
 def test_what_died_before_its_first_step_is_accounted_for_too(tmp_path):
     def note(event, ago):
         line = {"time": time.time() - ago, "event": event, "attempt": 0}
@@ -82,12 +132,12 @@ def test_what_died_before_its_first_step_is_accounted_for_too(tmp_path):
             log.write(json.dumps(line) + "\n")
 
     note("launch", 100)
-    ledger = loop._before(str(tmp_path))[0].state()
+    ledger = loop._Past.read(str(tmp_path)).go_on(None).state()
     assert ledger["seconds"]["startup"] == pytest.approx(100, abs=1)
     note("restart", 80)
-    assert loop._before(str(tmp_path))[0].state()["seconds"]["startup"] == pytest.approx(100, abs=1)
+    assert loop._Past.read(str(tmp_path)).go_on(None).state()["seconds"]["startup"] == pytest.approx(100, abs=1)
     note("launch", 30)
-    seconds = loop._before(str(tmp_path))[0].state()["seconds"]
+    seconds = loop._Past.read(str(tmp_path)).go_on(None).state()["seconds"]
     assert (seconds["idle"], seconds["startup"]) == (pytest.approx(70, abs=1), pytest.approx(30, abs=1))
 
 
@@ -106,11 +156,29 @@ def test_steps_after_the_last_logged_one_are_lost_with_the_attempt_and_no_time_o
     telemetry.close()
     with open(f"{url}/events.jsonl", "a") as log:
         log.write(json.dumps({"time": clock.now + 5, "event": "restart", "attempt": 0}) + "\n")
-    seconds = loop._before(url)[0].state()["seconds"]
+    seconds = loop._Past.read(url).go_on(None).state()["seconds"]
     assert (seconds["lost"], seconds["recovery_detect"]) == (pytest.approx(30), pytest.approx(5))
     with open(f"{url}/events.jsonl", "a") as log:
         log.write(json.dumps({"time": clock.now + 6, "event": "start", "attempt": 3}) + "\n")
     assert heard_last(url, read_lines(f"{url}/events.jsonl")) is None, "it is of an attempt that is over"
+
+
+def test_an_attempt_that_was_replaced_leaves_the_newer_ones_record_and_counts_no_more(run):
+    made, url = run
+    old, new = Telemetry(made, url, attempt=1), Telemetry(made, url, attempt=2)
+    for telemetry, step in ((old, 3), (new, 2), (old, 4)):
+        telemetry.alive(step, Ledger())
+        telemetry.flush()
+        logged(telemetry, step, LoaderMetrics())
+    assert json.loads((Path(url) / "ledger.json").read_text())["step"] == 2
+    old.close()
+    new.close()
+    lines = read_lines(f"{url}/metrics.jsonl")
+    assert newest_ledger(lines) == lines[1]["ledger"]
+    shown = RunMetrics(made)
+    shown.take((), lines)
+    values = {sample.name: sample.value for family in shown.collect() for sample in family.samples}
+    assert values["moviola_step"] == 3
 
 
 def test_log_lines_keep_full_precision_and_survive_nan(tmp_path):
