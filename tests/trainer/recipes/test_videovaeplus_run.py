@@ -99,7 +99,7 @@ def test_image_batches_leave_the_temporal_parts_alone(runs: Runs, zero: int) -> 
     ("zero", "step"),
     [
         (2, 3),
-        (3, 4),
+        pytest.param(3, 4, marks=pytest.mark.nightly),
         pytest.param(1, 4, marks=pytest.mark.nightly),
         pytest.param(3, CROSS, marks=pytest.mark.nightly),
     ],
