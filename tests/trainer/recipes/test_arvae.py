@@ -500,7 +500,8 @@ def test_pictures_are_views_of_the_clip():
     recipe = recipe_of()
     pixels = footage(clips=2, frames=3)
     views = recipe.pictures(recipe.build(0), pixels)
-    assert set(views) == {"reconstruction", "flow", "warped"}
+    assert set(views) == {"reconstruction", "flow", "warped", "residual"}
+    torch.testing.assert_close(views["warped"] + 2 * views["residual"], pixels)
     for view in views.values():
         assert view.shape == pixels.shape
         assert view.abs().max() <= 1

@@ -159,20 +159,21 @@ class ArvaeRecipe:
 
     @torch.no_grad()
     def pictures(self, model: nn.Module, pixels_BCTHW: Tensor) -> Mapping[str, Tensor]:
-        """``reconstruction``, ``flow`` (hue is direction, white is none, as in the first frame) and ``warped``: the
-        prediction from the previous reconstruction alone, the reconstruction itself for the first frame.
+        """``reconstruction``, ``flow`` (hue is direction, white is none, as in the first frame), ``warped``: the
+        prediction from the previous reconstruction alone, the reconstruction itself for the first frame, and
+        ``residual``: half of what the prediction leaves of the original, grey where nothing is left.
         """
         made = model(pixels_BCTHW)
         x_B3THW = made.pixels_B3THW.clamp(-1, 1)
-        first_B3THW, flow_B3THW, warped_B3THW = x_B3THW[:, :, :1], x_B3THW.new_ones(x_B3THW[:, :, :1].shape), None
+        first_B3THW, flow_B3THW = x_B3THW[:, :, :1], x_B3THW.new_ones(x_B3THW[:, :, :1].shape)
+        warped_B3THW = first_B3THW
         if made.flow_B2THW is not None and made.warped_B3THW is not None:
             flow_B3THW = torch.cat((flow_B3THW, flow_to_rgb(made.flow_B2THW).to(x_B3THW)), dim=2)
             warped_B3THW = torch.cat((first_B3THW, made.warped_B3THW.clamp(-1, 1)), dim=2)
+        residual_B3THW = (pixels_BCTHW - warped_B3THW) / 2
         return {
-            "reconstruction": x_B3THW,
-            "flow": flow_B3THW,
-            "warped": first_B3THW if warped_B3THW is None else warped_B3THW,
-        }
+            "reconstruction": x_B3THW, "flow": flow_B3THW, "warped": warped_B3THW, "residual": residual_B3THW,
+        }  # fmt: skip
 
 
 def _frames(chunks_BCTHW: Iterable[Tensor]) -> Iterator[Tensor]:
