@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import library
+from torch.library import Library
 
 SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-_declared: list[library.Library] = []  # a Library undeclares its operators when it is collected
+_declared: list[Library] = []  # one undeclares its operators when it is collected
 
 
 def ensure() -> bool:
@@ -24,7 +24,7 @@ def ensure() -> bool:
         return True
     if "torchvision" in sys.modules or _kernels_load():
         return False
-    declared = library.Library("torchvision", "DEF")
+    declared = Library("torchvision", "DEF")
     for operator in ("nms", "qnms"):
         declared.define(operator + SCHEMA)
     _declared.append(declared)
