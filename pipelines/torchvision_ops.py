@@ -12,10 +12,11 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.library import Library
+from torch import library
 
 SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-_declared: list[Library] = []  # one undeclares its operators when it is collected
+OPERATORS = ("torchvision::nms", "torchvision::qnms")
+_declared: list[str] = []
 
 
 def ensure() -> bool:
@@ -24,10 +25,9 @@ def ensure() -> bool:
         return True
     if "torchvision" in sys.modules or _kernels_load():
         return False
-    declared = Library("torchvision", "DEF")
-    for operator in ("nms", "qnms"):
-        declared.define(operator + SCHEMA)
-    _declared.append(declared)
+    for operator in OPERATORS:
+        library.define(operator, SCHEMA)
+        _declared.append(operator)
     return True
 
 
