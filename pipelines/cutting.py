@@ -33,7 +33,7 @@ from av.video.reformatter import ColorRange
 from numpy.typing import NDArray
 
 from pipelines import storage
-from pipelines.decode import SEALED
+from pipelines.decode import opened
 from pipelines.faults import InputError, Skip
 from pipelines.rules import PackRules
 from pipelines.shots import Thumbnail, motion, shots, thumbnail
@@ -140,9 +140,7 @@ class _Stream:
                 )
             raw = {"video_size": f"{shape[1]}x{shape[2]}", "framerate": shape[3], "pixel_format": "yuv420p"}
         self.file = path.open("rb")  # FFmpeg itself would read "%d" and "a:" in a name as a pattern and a protocol
-        self.container = av.open(
-            self.file, format="rawvideo" if raw else None, container_options=raw | SEALED, metadata_errors="replace"
-        )
+        self.container = opened(self.file, "rawvideo" if raw else None, **raw)
         pictures = [s for s in self.container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
         if not pictures:
             kinds = sorted({stream.type for stream in self.container.streams}) or ["nothing"]
@@ -250,7 +248,7 @@ def _sane(stream: av.VideoStream, name: str) -> None:
 
 
 def _picture(path: Path, name: str) -> av.VideoFrame:
-    with av.open(io.BytesIO(path.read_bytes()), container_options=SEALED) as container:
+    with opened(io.BytesIO(path.read_bytes())) as container:
         if not container.streams.video:
             raise Skip("no_video", f"{name} is not a picture")
         _sane(container.streams.video[0], name)
@@ -507,7 +505,7 @@ def _copied(source: _Stream, rules: PackRules) -> list[Piece]:
     pieces: list[Piece] = []
     run: list[av.Packet] = []
 
-    with source.path.open("rb") as file, av.open(file, container_options=SEALED) as container:
+    with source.path.open("rb") as file, opened(file) as container:
         stream = container.streams[source.stream.index]
 
         def close() -> None:

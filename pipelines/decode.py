@@ -13,7 +13,7 @@ import io
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import IO, Literal
 
 import av
 import numpy as np
@@ -27,8 +27,6 @@ from pipelines.faults import InputError, Skip
 Backend = Literal["torchcodec", "pyav"]
 BACKEND: Backend = "pyav"
 PIXELS_A_SIDE = 16384
-SEALED = {"protocol_whitelist": "none"}
-"""For FFmpeg's demuxers: what a file refers to (another file of a list, an address of a playlist) is not opened."""
 DECODED_BYTES = 2 << 30
 
 
@@ -42,10 +40,20 @@ class Info:
     width: int
 
 
+def opened(file: IO[bytes], format: str | None = None, **options: str) -> av.container.InputContainer:
+    """Opens a video file with FFmpeg's demuxer ``format``, or the one that it finds, under ``options`` of that.
+
+    What the file refers to (another file of a list, an address of a playlist) is not opened; what is not UTF-8 in its
+    metadata reads as U+FFFD.
+    """
+    sealed = {"protocol_whitelist": "none", **options}
+    return av.open(file, format=format, container_options=sealed, metadata_errors="replace")
+
+
 def probe(data: bytes, image: bool, name: str) -> Info:
     """Reads the header and counts the frames, without decoding; raises Skip("undecodable") or Skip("absurd")."""
     try:
-        with av.open(io.BytesIO(data), container_options=SEALED) as container:
+        with opened(io.BytesIO(data)) as container:
             stream = _stream(container)
             height, width = stream.codec_context.height, stream.codec_context.width
             if image:
@@ -76,7 +84,7 @@ class Video:
         self._image = image
         with self._skips():
             kind = "mov" if data[4:8] == b"ftyp" and not image else None
-            self._container = av.open(io.BytesIO(data), format=kind, container_options=SEALED)
+            self._container = opened(io.BytesIO(data), kind)
             self._stream = _stream(self._container)
             self._stream.thread_type = "NONE"
             self.height, self.width = self._stream.codec_context.height, self._stream.codec_context.width

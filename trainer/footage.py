@@ -18,6 +18,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 
 from pipelines import storage
+from pipelines.decode import opened
 from pipelines.faults import InputError
 from trainer.latents import local
 
@@ -32,11 +33,14 @@ class Reader:
 
     def __init__(self, path: str, name: str) -> None:
         self.name = name
+        self._file = open(path, "rb")  # noqa: SIM115 - FFmpeg would read "%d" and "a:" in a name as more than a name
         with self._explained():
-            self._container = av.open(path)
+            self._container = opened(self._file)
             if not self._container.streams.video:
                 raise InputError(f"{name} has no video stream; it has {_streams(self._container)}")
             stream = self._container.streams.video[0]
+            if stream.codec_context is None:
+                raise InputError(f"{name} can't be decoded: its video is of a codec that FFmpeg does not know")
             stream.thread_type = "AUTO"
             self.fps = Fraction(stream.average_rate or stream.guessed_rate or 25)
             self._decoded = self._container.decode(stream)
@@ -72,6 +76,7 @@ class Reader:
     def close(self) -> None:
         """Closes the file."""
         self._container.close()
+        self._file.close()
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import webdataset
 
 from pipelines import storage
 from pipelines.cutting import Footage, cut
-from pipelines.decode import probe
+from pipelines.decode import Video, probe
 from pipelines.faults import InputError, Skip
 from pipelines.index import (
     HEADER,
@@ -293,6 +293,14 @@ def test_a_codec_that_nobody_knows_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "0.mp4").write_bytes(strange)
     with pytest.raises(Skip, match="codec that FFmpeg does not know"):
         cut(Footage("0.mp4", ("0.mp4",), len(strange)), [tmp_path / "0.mp4"], PackRules())
+
+
+def test_a_title_that_is_not_utf_8_costs_no_clip(tmp_path: Path) -> None:
+    data = video().replace(b"Lavf", b"L\xe9\xe9f")
+    (tmp_path / "s.tar").write_bytes(tar([("0.mp4", data)]))
+    assert index_dataset(str(tmp_path)).clips == 1
+    with Video(data, "0.mp4") as opened:
+        assert opened.read([0, 4]).shape == (2, 3, 16, 32)
 
 
 def test_a_circle_of_links_is_walked_once(tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ def test_latents_of_other_weights_are_refused(video, tmp_path):
     assert not (tmp_path / "out.mp4").exists()
 
 
-def test_faults_of_files_are_named(tmp_path):
+def test_faults_of_files_are_named(video, tmp_path):
     codec = a_codec()
     with pytest.raises(InputError, match=r"nowhere.mp4: there is no such file"):
         codecs.encode_file(codec, str(tmp_path / "nowhere.mp4"), str(tmp_path / "out"))
@@ -230,6 +230,16 @@ def test_faults_of_files_are_named(tmp_path):
         container.mux(stream.encode())
     with pytest.raises(InputError, match=r"sound.mp4 has no video stream; it has audio"):
         codecs.encode_file(codec, str(tmp_path / "sound.mp4"), str(tmp_path / "out"))
+    strange = video[0].read_bytes().replace(b"avc1", b"zzzz")
+    (tmp_path / "strange.mp4").write_bytes(strange)
+    with pytest.raises(InputError, match=r"strange.mp4 can't be decoded: its video is of a codec that FFmpeg does not"):
+        codecs.encode_file(codec, str(tmp_path / "strange.mp4"), str(tmp_path / "out"))
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile scene.mp4\n")
+    with pytest.raises(InputError, match=r"list.mp4 can't be decoded"):
+        codecs.reconstruct_file(codec, str(tmp_path / "list.mp4"), str(tmp_path / "out"))
+    shutil.copy(video[0], tmp_path / "a%d:1.mp4")
+    with videos.reader(str(tmp_path / "a%d:1.mp4")) as found:
+        assert len(list(found)) == 20
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     with pytest.raises(InputError, match=r"junk.safetensors is not a safetensors file"):
         codecs.decode_file(codec, str(tmp_path / "junk.safetensors"), str(tmp_path / "out.mp4"))
