@@ -5,15 +5,18 @@ Legend: B clips, C channels (3, RGB), T frames, H height, W width, L text tokens
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor
+
+if TYPE_CHECKING:  # at run time where it is used: it takes seconds to import, which packing and lists need not wait for
+    import torch
+    from torch import Tensor
 
 Stream = Literal["video", "image"]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -200,19 +203,21 @@ class Batch:
 
     def randn(self, purpose: str, *shape: int) -> Tensor:
         """Standard normal noise (B, *shape) on the pixels' device, each clip's drawn from its own generator."""
+        import torch
+
         noise = [torch.randn(shape, generator=g) for g in self.generators(purpose)]
         return torch.stack(noise).to(self.pixels_BCTHW.device)
 
     def rand(self, purpose: str, *shape: int) -> Tensor:
         """Uniform draws in [0, 1), (B, *shape), each clip's from its own generator."""
+        import torch
+
         return torch.stack([torch.rand(shape, generator=g) for g in self.generators(purpose)]).to(
             self.pixels_BCTHW.device
         )
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``."""
-        import dataclasses
-
         moved: dict[str, Any] = {
             name: getattr(self, name).to(device, non_blocking=True)
             for name in ("pixels_BCTHW", "fps_B", "motion_B", "caption_emb_BLD", "caption_mask_BL")
@@ -231,4 +236,6 @@ def derive(seed: int, place: int, purpose: str) -> int:
 
 def generator(seed: int, place: int, purpose: str) -> torch.Generator:
     """A CPU generator seeded by :func:`derive`."""
+    import torch
+
     return torch.Generator().manual_seed(derive(seed, place, purpose))

@@ -33,7 +33,7 @@ from av.video.reformatter import ColorRange
 from numpy.typing import NDArray
 
 from pipelines import storage
-from pipelines.decode import opened
+from pipelines.container import opened
 from pipelines.faults import InputError, Skip
 from pipelines.rules import PackRules
 from pipelines.shots import Thumbnail, motion, shots, thumbnail

@@ -12,8 +12,7 @@ import contextlib
 import io
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import IO, Literal
+from typing import Literal
 
 import av
 import numpy as np
@@ -22,54 +21,11 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipelines.container import brief, opened, packets_of, sane, stream_of
 from pipelines.faults import InputError, Skip
 
 Backend = Literal["torchcodec", "pyav"]
 BACKEND: Backend = "pyav"
-PIXELS_A_SIDE = 16384
-DECODED_BYTES = 2 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class Info:
-    """Header of a clip: stored ``frames``, ``fps`` frames/s (0 for images), pixels."""
-
-    frames: int
-    fps: float
-    height: int
-    width: int
-
-
-def opened(file: IO[bytes], format: str | None = None, **options: str) -> av.container.InputContainer:
-    """Opens a video file with FFmpeg's demuxer ``format``, or the one that it finds, under ``options`` of that.
-
-    What the file refers to (another file of a list, an address of a playlist) is not opened; what is not UTF-8 in its
-    metadata reads as U+FFFD.
-    """
-    sealed = {"protocol_whitelist": "none", **options}
-    return av.open(file, format=format, container_options=sealed, metadata_errors="replace")
-
-
-def probe(data: bytes, image: bool, name: str) -> Info:
-    """Reads the header and counts the frames, without decoding; raises Skip("undecodable") or Skip("absurd")."""
-    try:
-        with opened(io.BytesIO(data)) as container:
-            stream = _stream(container)
-            height, width = stream.codec_context.height, stream.codec_context.width
-            if image:
-                info = Info(1, 0.0, height, width)
-            else:
-                frames = sum(not packet.is_discard for packet in _packets(container))
-                fps = stream.average_rate or stream.guessed_rate or stream.base_rate
-                if not fps and stream.duration and stream.time_base:
-                    fps = frames / (stream.duration * stream.time_base)
-                info = Info(frames, float(fps or 0), height, width)
-    except (av.error.FFmpegError, IndexError, ValueError) as error:
-        raise Skip("undecodable", f"{name}: {_brief(error)}") from None
-    if not info.frames or not info.height or not info.width or not (image or info.fps):
-        raise Skip("undecodable", f"{name}: {info.frames} frames of {info.width} x {info.height} at {info.fps} fps")
-    _sane(info.height, info.width, 1, name)
-    return info
 
 
 class Video:
@@ -85,15 +41,15 @@ class Video:
         with self._skips():
             kind = "mov" if data[4:8] == b"ftyp" and not image else None
             self._container = opened(io.BytesIO(data), kind)
-            self._stream = _stream(self._container)
+            self._stream = stream_of(self._container)
             self._stream.thread_type = "NONE"
             self.height, self.width = self._stream.codec_context.height, self._stream.codec_context.width
-        _sane(self.height, self.width, 1, name)
+        sane(self.height, self.width, 1, name)
 
     def read(self, frames: Sequence[int], size: tuple[int, int] | None = None) -> Tensor:
         """Frames of those numbers (strictly rising), resized to ``size`` (height, width): ``frames_TCHW`` uint8 RGB."""
         height, width = size or (self.height, self.width)
-        _sane(max(height, self.height), max(width, self.width), len(frames), self.name)
+        sane(max(height, self.height), max(width, self.width), len(frames), self.name)
         # To planes is faster, and keeps more colour when resizing; without resizing, FFmpeg's vector code spoils the
         # right edge of widths that it does not divide.
         planar = (height, width) != (self.height, self.width) or width % 16 == 0
@@ -116,7 +72,7 @@ class Video:
         if self._image:
             yield 0, next(self._container.decode(self._stream))
             return
-        packets = _packets(self._container)
+        packets = packets_of(self._container)
         if "avi" in self._container.format.name:  # its time stamps do not order B-frames
             yield from self._counted(packets, frames)
             return
@@ -164,7 +120,7 @@ class Video:
         try:
             yield
         except (av.error.FFmpegError, RuntimeError, StopIteration, IndexError, ValueError) as error:
-            raise Skip("undecodable", f"{self.name}: {_brief(error)}") from None
+            raise Skip("undecodable", f"{self.name}: {brief(error)}") from None
 
     def close(self) -> None:
         """Frees the decoder."""
@@ -194,20 +150,20 @@ class TorchcodecVideo:
                 raise InputError(
                     "torchcodec finds no FFmpeg libraries; install FFmpeg 4 to 8, or take the backend pyav"
                 ) from None
-            raise Skip("undecodable", f"{name}: {_brief(error)}") from None
+            raise Skip("undecodable", f"{name}: {brief(error)}") from None
         self.height, self.width = self._decoder.metadata.height or 0, self._decoder.metadata.width or 0
-        _sane(self.height, self.width, 1, name)
+        sane(self.height, self.width, 1, name)
 
     def read(self, frames: Sequence[int], size: tuple[int, int] | None = None) -> Tensor:
         """As :meth:`Video.read`."""
         stored = self._decoder.metadata.num_frames or 0
         if frames[-1] >= stored:
             raise Skip("short", f"{self.name}: frame {frames[-1]} was asked for, it has {stored}")
-        _sane(self.height, self.width, len(frames), self.name)
+        sane(self.height, self.width, len(frames), self.name)
         try:
             frames_TCHW = self._decoder.get_frames_at(list(frames)).data
         except (RuntimeError, ValueError) as error:
-            raise Skip("undecodable", f"{self.name}: {_brief(error)}") from None
+            raise Skip("undecodable", f"{self.name}: {brief(error)}") from None
         if size is None or size == (self.height, self.width):
             return frames_TCHW
         return F.interpolate(
@@ -249,25 +205,3 @@ def _judged(frames: Iterable[av.VideoFrame]) -> Iterator[tuple[av.VideoFrame, bo
     for frame in frames:
         intact = (intact or frame.key_frame) and not frame.is_corrupt
         yield frame, intact
-
-
-def _stream(container: av.container.InputContainer) -> av.VideoStream:
-    """The first video stream; raises IndexError where there is none, ValueError where nothing can decode it."""
-    stream = container.streams.video[0]
-    if stream.codec_context is None:
-        raise ValueError("its video is of a codec that FFmpeg does not know")
-    return stream
-
-
-def _packets(container: av.container.InputContainer) -> list[av.Packet]:
-    """The packets of the first video stream that carry a frame, in decoding order."""
-    return [packet for packet in container.demux(video=0) if packet.pts is not None and packet.size]
-
-
-def _sane(height: int, width: int, frames: int, name: str) -> None:
-    if max(height, width) > PIXELS_A_SIDE or height * width * 3 * frames > DECODED_BYTES:
-        raise Skip("absurd", f"{name}: {frames} frames of {width} x {height} pixels")
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -32,8 +32,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipelines import storage
+from pipelines.container import PIXELS_A_SIDE, Info, probe
 from pipelines.contracts import LatentLayout
-from pipelines.decode import PIXELS_A_SIDE, Info, probe
 from pipelines.faults import InputError, Skip
 
 FORMAT = 2

@@ -15,8 +15,9 @@ import numpy as np
 
 from pipelines import index, storage
 from pipelines.clips import read_caption
+from pipelines.container import probe
 from pipelines.contracts import ClipRule
-from pipelines.decode import open_video, probe
+from pipelines.decode import open_video
 from pipelines.faults import InputError, Skip
 from pipelines.latents import empty, join, parse
 

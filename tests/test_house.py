@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,6 +76,12 @@ def test_imports_point_one_way(path: str) -> None:
 )
 def test_the_import_rules_catch_what_they_should(path: str, source: str, broken: list[str]) -> None:
     assert broken_rules(path, list(imports(source, path))) == broken
+
+
+@pytest.mark.parametrize("module", ["pipelines.pack", "pipelines.cutting"])
+def test_packing_starts_without_torch(module: str) -> None:
+    code = f"import {module}, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0, "two seconds a worker"
 
 
 def pins() -> dict[str, str]:

@@ -18,7 +18,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 
 from pipelines import storage
-from pipelines.decode import opened
+from pipelines.container import opened
 from pipelines.faults import InputError
 from trainer.latents import local
 

@@ -18,7 +18,8 @@ from test_index import picture, video
 from torch.nn import functional as F
 
 from pipelines import decode
-from pipelines.decode import Video, open_video, probe
+from pipelines.container import probe
+from pipelines.decode import Video, open_video
 from pipelines.faults import Skip
 
 FORMATS = {"mp4": "mp4", "mkv": "matroska", "avi": "avi"}
@@ -89,8 +90,8 @@ def test_frames_are_those_of_plain_decoding(name: str) -> None:
 
 def test_decoding_starts_at_a_keyframe_and_stops_after_the_last_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     data, given = moving(g="8", bf="0"), []
-    packets = decode._packets
-    monkeypatch.setattr(decode, "_packets", lambda container: _Watched(packets(container), given))
+    packets = decode.packets_of
+    monkeypatch.setattr(decode, "packets_of", lambda container: _Watched(packets(container), given))
     with Video(data, "x") as opened:
         opened.read([18, 20])
     assert given == [16, 17, 18, 19, 20]

@@ -16,8 +16,9 @@ import pytest
 import webdataset
 
 from pipelines import storage
+from pipelines.container import probe
 from pipelines.cutting import Footage, cut
-from pipelines.decode import Video, probe
+from pipelines.decode import Video
 from pipelines.faults import InputError, Skip
 from pipelines.index import (
     HEADER,
