@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import IO
 
 import av
@@ -16,7 +19,7 @@ DECODED_BYTES = 2 << 30
 
 @dataclass(frozen=True, slots=True)
 class Info:
-    """Header of a clip: stored ``frames``, ``fps`` frames/s (0 for images), pixels."""
+    """Header of a clip: stored ``frames``, ``fps`` frames/s (0 for images), pixels as they are shown."""
 
     frames: int
     fps: float
@@ -53,6 +56,8 @@ def probe(data: bytes, image: bool, name: str) -> Info:
     if not info.frames or not info.height or not info.width or not (image or info.fps):
         raise Skip("undecodable", f"{name}: {info.frames} frames of {info.width} x {info.height} at {info.fps} fps")
     sane(info.height, info.width, 1, name)
+    if not image and turns_of(data) % 2:
+        info = replace(info, height=info.width, width=info.height)
     return info
 
 
@@ -67,6 +72,32 @@ def stream_of(container: av.container.InputContainer) -> av.VideoStream:
 def packets_of(container: av.container.InputContainer) -> list[av.Packet]:
     """The packets of the first video stream that carry a frame, in decoding order."""
     return [packet for packet in container.demux(video=0) if packet.pts is not None and packet.size]
+
+
+def turns_of(data: bytes) -> int:
+    """Quarter turns to the left that show the frames of an mp4 or mov upright (ISO/IEC 14496-12, 8.3.2)."""
+    for movie in _boxes(data, b"moov", 0, len(data)):
+        for track in _boxes(data, b"trak", *movie):
+            for start, end in _boxes(data, b"tkhd", *track):
+                matrix = start + (52 if data[start] else 40)
+                if matrix + 40 <= end and any(data[matrix + 36 : matrix + 38]):  # a width: it is to be seen
+                    cos, sin = struct.unpack_from(">2i", data, matrix)
+                    return round(-math.degrees(math.atan2(sin, cos)) / 90) % 4
+    return 0
+
+
+def _boxes(data: bytes, kind: bytes, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Start and end of what each box of that kind holds, of the boxes that lie side by side in ``data[start:end]``."""
+    while start + 8 <= end:
+        size, head = int.from_bytes(data[start : start + 4]), 8
+        if size == 1:
+            size, head = int.from_bytes(data[start + 8 : start + 16]), 16
+        last = end if size == 0 else min(start + size, end)
+        if data[start + 4 : start + 8] == kind and start + head < last:
+            yield start + head, last
+        if last < start + 8:
+            return
+        start = last
 
 
 def sane(height: int, width: int, frames: int, name: str) -> None:

@@ -21,15 +21,22 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines.container import brief, opened, packets_of, sane, stream_of
+from pipelines.container import brief, opened, packets_of, sane, stream_of, turns_of
 from pipelines.faults import InputError, Skip
 
 Backend = Literal["torchcodec", "pyav"]
 BACKEND: Backend = "pyav"
+UNORDERED = frozenset({"avi", "mpeg"})
+"""Formats whose time stamps do not order B-frames: AVI, and MPEG program streams."""
+SKIPPING = frozenset({"h264", "hevc"})
+"""Decoders that can be told with each packet to leave it undecoded if no other refers to it; AV1's is told once, for
+good.
+"""
 
 
 class Video:
-    """An opened clip: its size as stored, and its frames by number, counted from 0. Close it, or use it in ``with``.
+    """An opened clip: its size, and its frames by number, counted from 0, both upright as the display matrix of an mp4
+    or mov says. Close it, or use it in ``with``.
 
     Raises Skip, here and in :meth:`read`: "undecodable", "corrupt" for frames that the decoder had to make up, "absurd"
     for more pixels than memory should hold, "short" when a frame is asked for that is not there.
@@ -45,14 +52,20 @@ class Video:
             self._stream.thread_type = "NONE"
             self.height, self.width = self._stream.codec_context.height, self._stream.codec_context.width
         sane(self.height, self.width, 1, name)
+        self._turned = turns_of(data) if kind else 0
+        if self._turned % 2:
+            self.height, self.width = self.width, self.height
 
     def read(self, frames: Sequence[int], size: tuple[int, int] | None = None) -> Tensor:
         """Frames of those numbers (strictly rising), resized to ``size`` (height, width): ``frames_TCHW`` uint8 RGB."""
         height, width = size or (self.height, self.width)
         sane(max(height, self.height), max(width, self.width), len(frames), self.name)
+        whole = (height, width) == (self.height, self.width)
+        if self._turned % 2:
+            height, width = width, height
         # To planes is faster, and keeps more colour when resizing; without resizing, FFmpeg's vector code spoils the
         # right edge of widths that it does not divide.
-        planar = (height, width) != (self.height, self.width) or width % 16 == 0
+        planar = not whole or width % 16 == 0
         frames_TCHW = np.empty((len(frames), 3, height, width), np.uint8)
         with self._skips():
             for place, frame in self._decoded(frames):
@@ -65,6 +78,8 @@ class Video:
                         frames_TCHW[place, channel] = rows[:height, :width]
                 else:
                     frames_TCHW[place] = rgb.to_ndarray().transpose(2, 0, 1)
+        if self._turned:
+            frames_TCHW = np.rot90(frames_TCHW, self._turned, (2, 3)).copy()
         return torch.from_numpy(frames_TCHW)
 
     def _decoded(self, frames: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
@@ -73,7 +88,7 @@ class Video:
             yield 0, next(self._container.decode(self._stream))
             return
         packets = packets_of(self._container)
-        if "avi" in self._container.format.name:  # its time stamps do not order B-frames
+        if self._container.format.name in UNORDERED:
             yield from self._counted(packets, frames)
             return
         times = sorted(packet.pts for packet in packets if not packet.is_discard)
@@ -83,10 +98,13 @@ class Video:
         context = self._stream.codec_context
         first = max((i for i, p in enumerate(packets) if p.is_keyframe and p.pts <= times[frames[0]]), default=0)
 
+        skips = context.codec.name in SKIPPING
+
         def decoded() -> Iterator[av.VideoFrame]:
             for number in range(first, len(packets)):
                 packet = packets[number]
-                context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+                if skips:
+                    context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
                 yield from context.decode(packet)
             yield from context.decode(None)
 
