@@ -10,6 +10,7 @@ Any WebDataset of plain tars gets an index with :func:`index_dataset`, without b
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -49,7 +50,9 @@ INDEX_SHARE = 0.002
 """Records are kept only where reading them in every rank costs no more than this share of the clips' bytes."""
 
 MEMBER_BYTES = 2 << 30
-VIDEO_SUFFIXES = frozenset({"mp4", "mkv", "webm", "avi", "mov", "m4v"})
+VIDEO_SUFFIXES = frozenset(
+    {"mp4", "mkv", "webm", "avi", "mov", "m4v", "mpg", "mpeg", "m2ts", "mts", "wmv", "flv", "3gp", "ogv"}
+)
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 LATENT_SUFFIX = "safetensors"
 VIDEO, IMAGE, LATENTS = range(3)
@@ -505,7 +508,7 @@ def index_dataset(
     destination: str | None = None,
     *,
     name: str | None = None,
-    licence: str = "unknown",
+    licence: str | None = None,
     extra: Mapping[str, Any] | None = None,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
@@ -513,25 +516,27 @@ def index_dataset(
     """Indexes every ``.tar`` below ``url`` (or that one tar), beside the shards or in ``destination``.
 
     Each shard is read once, ``workers`` shards at a time in processes. An .idx that is there and still tells the truth
-    about its tar's size and some of its clips is kept, so a killed run goes on. ``extra`` are further fields of the
-    card. ``progress(done, all)`` counts shards. Raises InputError for no shards, truncated tars, members that leave
-    their folder, absurd sizes and pickles.
+    about its tar's size and some of its clips is kept, so a killed run goes on, and so is what an index's card said.
+    ``extra`` are further fields of the card. ``progress(done, all)`` counts shards. Raises InputError for no shards,
+    compressed or truncated tars, members that leave their folder, absurd sizes and pickles, and rather than replace an
+    index of another program's.
     """
     single = url.endswith(".tar")
     base = url.rpartition("/")[0] or "." if single else url
     destination = destination or base
-    found = [(url.rpartition("/")[2], storage.size(url))] if single else sorted(_tars(url))
+    found = [(url.rpartition("/")[2], storage.size(url))] if single else _tars(url)
     if not found:
         raise InputError(f"no .tar shards at {storage.redact(url)}; `moviola pack` makes some from videos")
-    old = _indexed(destination)
-    _no_latents(destination)
+    told, old = _before(destination)
+    made = [shard for shard, *_ in old.values()]
+    old |= _drafts(destination)
     done: dict[str, tuple[Shard, dict[str, Any], Counter[str], list[str]]] = {}
     todo = []
     for file, length in found:
-        shard = old.get(file)
+        shard, skips, names = old.get(file, (None, Counter(), []))
         records = _still_true(base, destination, shard) if shard and shard.bytes == length else None
         if shard and records is not None:
-            done[file] = (shard, summary(records), Counter(), [])
+            done[file] = (shard, summary(records), skips, names)
         else:
             todo.append((file, length))
     kept = len(done)
@@ -542,11 +547,16 @@ def index_dataset(
     shards = [done[file][0] for file, _ in found]
     skipped: Counter[str] = sum((done[file][2] for file, _ in found), Counter())
     totals = merge([done[file][1] for file, _ in found])
-    card = Card(
-        name=name or re.sub(r"[^A-Za-z0-9._-]+", "-", base.rstrip("/").rpartition("/")[2]).strip("-.") or "dataset",
-        licence=licence,
-        **{**_embeddings(base, destination, shards, totals["counts"]), **(extra or {}), **totals},
-    )
+    if shards != made:
+        told.pop("pack", None)  # they are not what that packing made
+    if embeddings := _embeddings(base, destination, shards, totals["counts"]):
+        told["embeddings"] = {**told.get("embeddings", {}), **embeddings}
+    elif not totals["counts"].get("captions"):
+        told.pop("embeddings", None)
+    folder = re.sub(r"[^A-Za-z0-9._-]+", "-", base.rstrip("/").rpartition("/")[2]).strip("-.")
+    told = {"name": folder or "dataset", "licence": "unknown", **told, **(extra or {}), **totals}
+    told |= {key: value for key, value in (("name", name), ("licence", licence)) if value}
+    card = Card(**told)
     if not sum(shard.clips for shard in shards):
         raise InputError(f"{len(found)} shards at {storage.redact(url)} hold no usable clip; skipped: {dict(skipped)}")
     digest = write_index(destination, card, shards, None if destination == base else base)
@@ -556,15 +566,40 @@ def index_dataset(
     return IndexReport(digest, sum(s.clips for s in shards), len(shards), kept, dict(skipped), named[:50])
 
 
-def _no_latents(destination: str) -> None:
-    """Raises InputError where the index there is one of latents: what they are can't be told from the shards alone."""
-    if storage.exists(storage.join(destination, "index.json")):
-        told = open_dataset(destination).card.model_extra or {}
-        if "latents" in told:
-            raise InputError(
-                f"{storage.redact(destination)} holds latents and their index; an index made from the shards would "
-                "lose their layout. `moviola encode --dataset` writes it"
-            )
+_Known = tuple[Shard, Counter[str], list[str]]
+"""A shard that has an .idx, and what was skipped of it, as far as that is known."""
+
+
+def _before(destination: str) -> tuple[dict[str, Any], dict[str, _Known]]:
+    """What the card of the index there says, and its shards; nothing where there is none, or one that can't be read.
+
+    Raises InputError for an index of latents (what they are can't be told from the shards), or of another program's.
+    """
+    where = storage.join(destination, "index.json")
+    try:
+        data = storage.read_bytes(where)
+        old = json.loads(data)
+    except (storage.Missing, ValueError, RecursionError):
+        return {}, {}
+    if not isinstance(old, dict) or not isinstance(old.get("format"), int):
+        raise InputError(
+            f"{storage.redact(where)} is there, and is not an index of this program's; let the index go to another "
+            "place with --to"
+        )
+    if old["format"] not in READABLE:
+        return {}, {}
+    try:
+        index = _parse(data)[0]
+        lines = [Shard(**line) for line in old["shards"]] if old["format"] == FORMAT else []
+    except (ValueError, TypeError):
+        return {}, {}
+    told = index.card.model_dump(exclude={"counts", "statistics"})
+    if "latents" in told:
+        raise InputError(
+            f"{storage.redact(destination)} holds latents and their index; an index made from the shards would "
+            "lose their layout. `moviola encode --dataset` writes it"
+        )
+    return told, {line.file: (line, Counter(), []) for line in lines}
 
 
 def _embeddings(base: str, destination: str, shards: Sequence[Shard], counts: Mapping[str, int]) -> dict[str, Any]:
@@ -580,7 +615,7 @@ def _embeddings(base: str, destination: str, shards: Sequence[Shard], counts: Ma
         shape, _, _ = np.lib.format.read_array_header_1_0(data)
     except ValueError:
         return {}
-    return {"embeddings": {"clips": counts["captions"], "width": shape[-1]}} if len(shape) == 2 else {}
+    return {"clips": counts["captions"], "width": shape[-1]} if len(shape) == 2 else {}
 
 
 def index_shard(
@@ -589,6 +624,7 @@ def index_shard(
     """Indexes one tar; also leaves a ``.idx.json`` draft of its index.json line, from which a killed run goes on."""
     members, skipped, named = [], Counter[str](), []
     where = storage.redact(storage.join(base, file))
+    _no_other(storage.join(destination, index_name(file)))
     sidecars = _Sidecars()
     for sample, parts, again in _samples(storage.join(base, file), length):
         skipped["duplicate"] += len(again)
@@ -605,8 +641,22 @@ def index_shard(
         record_type(shard.key_bytes),
         offset=HEADER.size,
     )
-    storage.write_json(storage.join(destination, _draft_name(file)), shard.model_dump())
+    draft = {"line": shard.model_dump(), "skipped": skipped, "named": named[:50]}
+    storage.write_json(storage.join(destination, _draft_name(file)), draft)
     return shard, summary(records), skipped, named[:50]
+
+
+def _no_other(url: str) -> None:
+    """Raises InputError where there is an .idx that another program wrote, such as DALI's."""
+    try:
+        size = storage.size(url)
+        begins = storage.read_bytes(url, 0, min(len(MAGIC), size)) if size else MAGIC
+    except storage.Missing:
+        return
+    if begins != MAGIC:
+        raise InputError(
+            f"{storage.redact(url)} is there, and is not of this program's; let the index go to another place with --to"
+        )
 
 
 def _draft_name(file: str) -> str:
@@ -628,32 +678,29 @@ def _in_processes(workers: int, jobs: Sequence[tuple[str, str, str, int]]) -> It
             raise
 
 
-def _tars(url: str, prefix: str = "", above: frozenset[str] = frozenset()) -> Iterator[tuple[str, int]]:
-    folder = storage.join(url, prefix) if prefix else url
-    real = storage.real(folder)
-    if real in above:
-        return  # a circle of links
-    for entry in storage.list_dir(folder):
-        name = f"{prefix}/{entry.name}" if prefix else entry.name
-        if entry.is_dir:
-            yield from _tars(url, name, above | {real})
-        elif name.endswith(".tar"):
-            yield name, entry.bytes
+_COMPRESSED = (".tgz", ".tbz2", ".txz", ".tzst", *(f".tar.{kind}" for kind in ("gz", "bz2", "xz", "zst", "lz4")))
 
 
-def _indexed(destination: str) -> dict[str, Shard]:
-    """Shards that already have an .idx: from index.json, and from the drafts of a killed run."""
-    shards = {}
-    try:
-        old = storage.read_json(storage.join(destination, "index.json"))
-        for line in old["shards"] if old["format"] == FORMAT else ():
-            shards[line["file"]] = Shard(**line)
-    except (storage.Missing, InputError, KeyError, TypeError, ValueError):
-        shards = {}
-    for entry in storage.list_dir(destination):
+def _tars(url: str) -> list[tuple[str, int]]:
+    """(path below ``url``, bytes) of its shards. Raises InputError for shards that can't be read in parts."""
+    files = storage.list_below(url)
+    if packed := [entry.name for entry in files if entry.name.lower().endswith(_COMPRESSED)]:
+        raise InputError(
+            f"{storage.redact(url)} holds {len(packed)} compressed shards ({packed[0]} ...), of which no part can be "
+            "read by itself; decompress them (videos gain nothing from it)"
+        )
+    return [(entry.name, entry.bytes) for entry in files if entry.name.endswith(".tar")]
+
+
+def _drafts(destination: str) -> dict[str, _Known]:
+    """Shards whose .idx a killed run wrote."""
+    shards: dict[str, _Known] = {}
+    for entry in storage.list_below(destination):
         if entry.name.endswith(".idx.json"):
-            shard = Shard(**storage.read_json(storage.join(destination, entry.name)))
-            shards[shard.file] = shard
+            with contextlib.suppress(InputError, ValueError, TypeError, KeyError):
+                draft = storage.read_json(storage.join(destination, entry.name))
+                shard = Shard(**draft["line"])
+                shards[shard.file] = shard, Counter(draft["skipped"]), list(draft["named"])
     return shards
 
 
@@ -711,7 +758,7 @@ def open_tar(url: str, length: int) -> tarfile.TarFile:
 
 def _samples(url: str, length: int) -> Iterator[tuple[str, dict[str, tuple[int, bytes]], list[str]]]:
     """(key, {suffix: (offset, bytes)}, names that came again) of each sample of a tar: neighbours of one key, as
-    webdataset groups them.
+    webdataset groups them. Members of which an index needs nothing are not read: no bytes.
     """
     where = storage.redact(url)
     current, parts, again = "", {}, []
@@ -750,6 +797,8 @@ def _samples(url: str, length: int) -> Iterator[tuple[str, dict[str, tuple[int, 
                 elif wanted:
                     file = tar.extractfile(info)
                     parts[suffix] = (info.offset_data, file.read() if file else b"")
+                else:
+                    parts.setdefault(suffix, (info.offset_data, b""))
     except (tarfile.TarError, RecursionError) as error:
         raise InputError(f"{where} is not a plain tar: {error}") from None
     if parts:
@@ -807,8 +856,7 @@ def _member(
 ) -> Member:
     """The record of a clip; raises Skip for a sample without a picture, or one that can't be opened."""
     if suffix is None:
-        found = ", ".join(sorted(parts)) or "unknown suffixes"
-        raise Skip("no_video", f"{where}/{key}: no video or image, only {found}")
+        raise Skip("no_video", f"{where}/{key}: no video or image, only {', '.join(sorted(parts))}")
     if suffix == LATENT_SUFFIX:
         raise Skip("latents", f"{where}/{key}: latents; `moviola encode --dataset` writes their index")
     offset, data = parts[suffix]

@@ -8,7 +8,8 @@ upload(url, path), writer(url)                          files and streams
 append_text(url, text)                                  grows a log
 read_versioned(url) -> (bytes, Version) | None; swap(url, data, expected) -> Version | None        compare and swap
 put_if_absent(url, data) -> bool
-exists, size, list_dir -> [Entry(name, bytes, is_dir)], delete(url, recursive=False), join(url, *parts), redact(text)
+exists, size, list_dir -> [Entry(name, bytes, is_dir)], list_below(url), delete(url, recursive=False), join(url, *parts)
+redact(text)                                            without keys and secrets
 pause(reason, attempt)                                  before bytes with a wrong digest are read again
 
 A reader sees the old object or the new one, never a part: local files are written beside their place, synced and
@@ -324,6 +325,28 @@ def list_dir(url: str) -> list[Entry]:
     return sorted(entries, key=lambda entry: entry.name)
 
 
+def list_below(url: str) -> list[Entry]:
+    """Every file at any depth below the folder, by its path there, sorted: on S3 a request for each 1000, however many
+    folders they lie in. Hidden ones are left out; a circle of links is walked once.
+    """
+    found = _s3().list(url) if is_remote(url) else list(_below(url, "", frozenset()))
+    hidden = re.compile(r"(^|/)\.")
+    return sorted((entry for entry in found if not hidden.search(entry.name)), key=lambda entry: entry.name)
+
+
+def _below(url: str, prefix: str, above: frozenset[str]) -> Iterator[Entry]:
+    folder = join(url, prefix) if prefix else url
+    real = os.path.realpath(_path(folder))
+    if real in above:
+        return
+    for entry in list_dir(folder):
+        name = f"{prefix}/{entry.name}" if prefix else entry.name
+        if not entry.is_dir:
+            yield Entry(name, entry.bytes, False)
+        elif not entry.name.startswith("."):
+            yield from _below(url, name, above | {real})
+
+
 def delete(
     url: str, recursive: bool = False, *, version: Version | None = None, keep: Callable[[str], bool] | None = None
 ) -> None:
@@ -361,11 +384,6 @@ def join(url: str, *parts: str) -> str:
 def absolute(url: str) -> str:
     """``url``, with a local path made absolute: other processes have other working directories."""
     return url if is_remote(url) else os.path.abspath(_path(url))
-
-
-def real(url: str) -> str:
-    """``url``, with a local path's links followed."""
-    return url if is_remote(url) else os.path.realpath(_path(url))
 
 
 def is_remote(url: str) -> bool:
@@ -927,6 +945,9 @@ class _S3:
             if not answer.get("IsTruncated"):
                 return entries
             token = {"ContinuationToken": answer["NextContinuationToken"]}
+
+    def list(self, url: str) -> list[Entry]:
+        return [entry for entry in self._list(url, "") if not entry.name.endswith("/")]  # a folder's mark
 
     def list_dir(self, url: str) -> list[Entry]:
         return sorted(self._list(url, "/"), key=lambda entry: entry.name)

@@ -201,6 +201,71 @@ def test_a_killed_indexing_goes_on_and_a_changed_shard_is_read_again(tmp_path: P
     assert [line for line in (tmp_path / "index.json").read_text().splitlines() if "shard-1" in line] != fresh
 
 
+def test_a_killed_indexing_goes_on_in_subfolders_and_remembers_what_it_skipped(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    for n in range(3):
+        write(url, f"part/{n}/shard.tar", [("x.mp4", video()), ("y.txt", b""), ("z.mp4", b"no video")])
+
+    def die(done: int, _: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        index_dataset(url, progress=die)
+    (tmp_path / "part" / "odd.idx.json").write_text('{"somebody": "else\'s"}')
+    report = index_dataset(url)
+    assert (report.kept, report.clips, report.skipped) == (2, 3, {"no_video": 3, "undecodable": 3})
+
+
+def test_an_index_that_is_made_again_keeps_what_its_card_said(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    members = [("0.mp4", video()), ("0.t5.npy", npy(np.ones((3, 4), np.float16)))]
+    write(url, "shard.tar", members)
+    said = {"text_encoder": "t5", "embeddings": {"encoder": "t5", "most_tokens": 100, "clips": 1, "width": 4}}
+    index_dataset(url, name="mine", licence="CC0", extra=said | {"pack": {"plan": "x"}})
+    before = (tmp_path / "index.json").read_bytes()
+    index_dataset(url)
+    assert (tmp_path / "index.json").read_bytes() == before
+    write(url, "shard.tar", [*members, ("1.mp4", video(3)), ("1.wav", bytes(10240))])
+    index_dataset(url)
+    card = open_dataset(url).card
+    assert (card.name, card.licence, card.counts["clips"]) == ("mine", "CC0", 2)
+    assert card.model_extra == said, "other shards are not what was packed"
+
+
+def test_an_index_that_can_not_be_read_is_made_anew(tmp_path: Path) -> None:
+    write(str(tmp_path), "shard.tar", [("0.mp4", video())])
+    index_dataset(str(tmp_path))
+    whole = (tmp_path / "index.json").read_text()
+    for broken in (
+        whole[:100],
+        whole.replace('"format": 2', '"format": 99'),
+        whole.replace('"clips": 1', '"clips": -1'),
+    ):
+        (tmp_path / "index.json").write_text(broken)
+        with pytest.raises(InputError, match="index it again"):
+            open_dataset(str(tmp_path))
+        assert index_dataset(str(tmp_path)).clips == 1
+
+
+def test_what_other_programs_wrote_is_left(tmp_path: Path) -> None:
+    write(str(tmp_path), "shard.tar", [("0.mp4", video())])
+    for name, text in (("index.json", '{"shards": [], "version": 2}'), ("shard.idx", "v1.2 1\nmp4 512 1000 0.mp4\n")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(
+            InputError, match=rf"{name} is there, and is not (an index )?of this program's; .* with --to"
+        ):
+            index_dataset(str(tmp_path))
+        assert (tmp_path / name).read_text() == text
+        assert index_dataset(str(tmp_path), str(tmp_path / "elsewhere")).clips == 1
+        (tmp_path / name).unlink()
+    (tmp_path / "more.tar.gz").write_bytes(b"")
+    with pytest.raises(
+        InputError, match=r"holds 1 compressed shards \(more.tar.gz ...\), of which no part can be read"
+    ):
+        index_dataset(str(tmp_path))
+
+
 def test_shards_are_indexed_in_processes_to_the_same_index(tmp_path: Path) -> None:
     digests = []
     for workers in (1, 3):

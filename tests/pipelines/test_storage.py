@@ -51,6 +51,17 @@ def test_listing_existence_and_deletion(any_url: str) -> None:
     for name in ("b", "a/x", "a/y"):
         storage.write_bytes(storage.join(any_url, name), name.encode())
     assert storage.list_dir(any_url) == [storage.Entry("a", 0, True), storage.Entry("b", 1, False)]
+    for name in (".hidden", ".a/x", "a/.b/x", "a/b/c/d"):
+        storage.write_bytes(storage.join(any_url, name), b"")
+    assert [(entry.name, entry.bytes) for entry in storage.list_below(any_url)] == [
+        ("a/b/c/d", 0),
+        ("a/x", 3),
+        ("a/y", 3),
+        ("b", 1),
+    ]
+    assert storage.list_below(storage.join(any_url, "nothing")) == []
+    storage.delete(storage.join(any_url, ".hidden"))
+    storage.delete(storage.join(any_url, ".a"), recursive=True)
     assert storage.exists(any_url) and storage.exists(storage.join(any_url, "a", "x"))
     assert not storage.exists(storage.join(any_url, "a", "z"))
     storage.delete(storage.join(any_url, "b"))
