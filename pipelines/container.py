@@ -15,6 +15,8 @@ from pipelines.faults import Skip
 
 PIXELS_A_SIDE = 16384
 DECODED_BYTES = 2 << 30
+EXIF_WITHIN = 4096
+"""Bytes of a picture in which its EXIF begins, if it has any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,25 +40,30 @@ def opened(file: IO[bytes], format: str | None = None, **options: str) -> av.con
 
 
 def probe(data: bytes, image: bool, name: str) -> Info:
-    """Reads the header and counts the frames, without decoding; raises Skip("undecodable") or Skip("absurd")."""
+    """Reads the header and counts the frames, without decoding (but of a picture that may lie on its side); raises
+    Skip("undecodable") or Skip("absurd").
+    """
     try:
         with opened(io.BytesIO(data)) as container:
             stream = stream_of(container)
             height, width = stream.codec_context.height, stream.codec_context.width
+            turned = turns_of(data)
             if image:
                 info = Info(1, 0.0, height, width)
+                if b"Exif" in data[:EXIF_WITHIN]:
+                    turned = turns(next(container.decode(stream)))
             else:
                 frames = sum(not packet.is_discard for packet in packets_of(container))
                 fps = stream.average_rate or stream.guessed_rate or stream.base_rate
                 if not fps and stream.duration and stream.time_base:
                     fps = frames / (stream.duration * stream.time_base)
                 info = Info(frames, float(fps or 0), height, width)
-    except (av.error.FFmpegError, IndexError, ValueError) as error:
+    except (av.error.FFmpegError, IndexError, ValueError, StopIteration) as error:
         raise Skip("undecodable", f"{name}: {brief(error)}") from None
     if not info.frames or not info.height or not info.width or not (image or info.fps):
         raise Skip("undecodable", f"{name}: {info.frames} frames of {info.width} x {info.height} at {info.fps} fps")
     sane(info.height, info.width, 1, name)
-    if not image and turns_of(data) % 2:
+    if turned % 2:
         info = replace(info, height=info.width, width=info.height)
     return info
 
@@ -72,6 +79,11 @@ def stream_of(container: av.container.InputContainer) -> av.VideoStream:
 def packets_of(container: av.container.InputContainer) -> list[av.Packet]:
     """The packets of the first video stream that carry a frame, in decoding order."""
     return [packet for packet in container.demux(video=0) if packet.pts is not None and packet.size]
+
+
+def turns(frame: av.VideoFrame) -> int:
+    """Quarter turns to the left that show a decoded frame upright."""
+    return round((frame.rotation or 0) / 90) % 4
 
 
 def turns_of(data: bytes) -> int:

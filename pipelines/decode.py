@@ -21,7 +21,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines.container import brief, opened, packets_of, sane, stream_of, turns_of
+from pipelines.container import brief, opened, packets_of, sane, stream_of, turns, turns_of
 from pipelines.faults import InputError, Skip
 
 Backend = Literal["torchcodec", "pyav"]
@@ -36,7 +36,7 @@ good.
 
 class Video:
     """An opened clip: its size, and its frames by number, counted from 0, both upright as the display matrix of an mp4
-    or mov says. Close it, or use it in ``with``.
+    or mov, or EXIF, says. Close it, or use it in ``with``.
 
     Raises Skip, here and in :meth:`read`: "undecodable", "corrupt" for frames that the decoder had to make up, "absurd"
     for more pixels than memory should hold, "short" when a frame is asked for that is not there.
@@ -52,7 +52,10 @@ class Video:
             self._stream.thread_type = "NONE"
             self.height, self.width = self._stream.codec_context.height, self._stream.codec_context.width
         sane(self.height, self.width, 1, name)
-        self._turned = turns_of(data) if kind else 0
+        if image:
+            with self._skips():
+                self._picture = next(self._container.decode(self._stream))
+        self._turned = turns(self._picture) if image else turns_of(data) if kind else 0
         if self._turned % 2:
             self.height, self.width = self.width, self.height
 
@@ -85,7 +88,7 @@ class Video:
     def _decoded(self, frames: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
         """(index into ``frames``, decoded frame), decoding no more than the frames between keyframes require."""
         if self._image:
-            yield 0, next(self._container.decode(self._stream))
+            yield 0, self._picture
             return
         packets = packets_of(self._container)
         if self._container.format.name in UNORDERED:

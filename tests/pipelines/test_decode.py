@@ -161,6 +161,17 @@ def test_resizing_is_antialiased() -> None:
     assert error.mean() < 3 and error[..., -8:].mean() < 1.5 * error.mean()
 
 
+def test_pictures_are_upright() -> None:
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"  # 6: to be turned to the right
+    plain = picture((20, 30), "mjpeg", half=True)
+    data = plain[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2) + exif + plain[2:]
+    with Video(plain, "x", image=True) as lying, Video(data, "x", image=True) as opened:
+        assert (opened.height, opened.width) == (30, 20)
+        assert np.array_equal(opened.read([0]).numpy(), np.rot90(lying.read([0]).numpy(), 3, (2, 3)))
+    info = probe(data, True, "x")
+    assert (info.height, info.width) == (30, 20)
+
+
 @pytest.mark.parametrize("codec", ["png", "mjpeg"])
 def test_images_are_one_frame(codec: str) -> None:
     data = picture((20, 30), codec)

@@ -59,14 +59,17 @@ def video(frames: int = 5, size: tuple[int, int] = (16, 32), suffix: str = "mp4"
     return buffer.getvalue()
 
 
-def picture(size: tuple[int, int] = (16, 32), codec: str = "png") -> bytes:
+def picture(size: tuple[int, int] = (16, 32), codec: str = "png", half: bool = False) -> bytes:
+    """Grey, or its upper half black."""
     context = av.CodecContext.create(codec, "w")
     context.height, context.width, context.pix_fmt, context.time_base = (
         *size,
         {"png": "rgb24"}.get(codec, "yuvj420p"),
         1,
     )
-    frame = av.VideoFrame.from_ndarray(np.full((*size, 3), 90, np.uint8), format="rgb24")
+    grey = np.full((*size, 3), 90, np.uint8)
+    grey[: size[0] // 2] *= not half
+    frame = av.VideoFrame.from_ndarray(grey, format="rgb24")
     return b"".join(bytes(p) for p in [*context.encode(frame.reformat(format=context.pix_fmt)), *context.encode(None)])
 
 
@@ -358,7 +361,7 @@ def test_a_codec_that_nobody_knows_is_skipped(tmp_path: Path) -> None:
     assert report.skipped == {"undecodable": 1} and "codec that FFmpeg does not know" in report.named[0]
     (tmp_path / "0.mp4").write_bytes(strange)
     with pytest.raises(Skip, match="codec that FFmpeg does not know"):
-        cut(Footage("0.mp4", ("0.mp4",), len(strange)), [tmp_path / "0.mp4"], PackRules())
+        next(cut(Footage("0.mp4", ("0.mp4",), len(strange)), [tmp_path / "0.mp4"], PackRules()))
 
 
 def test_a_title_that_is_not_utf_8_costs_no_clip(tmp_path: Path) -> None:
