@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from pipelines import index, storage
-from pipelines.cutting import tar_member
+from pipelines.cutting import tar_member, told
 from pipelines.faults import InputError
 
 MOST_TOKENS = 100
@@ -134,7 +134,7 @@ def embed_captions(
     shards = []
     for number, file in enumerate(dataset.files):
         name = f"{_EMBEDDED.sub('', file).removesuffix('.tar')}-t5-{mark}.tar"
-        draft = storage.join(drafts, name.replace("/", "-") + ".json")
+        draft = storage.join(drafts, f"{name}.json")
         if not storage.exists(draft):
             shard = _embedded(dataset, number, url, name, model, batch)
             storage.write_json(draft, shard.model_dump())
@@ -247,12 +247,10 @@ def _batched(samples: Iterator[Any], size: int) -> Iterator[list[Any]]:
 
 def _caption(parts: dict[str, tuple[int, bytes]]) -> str:
     """The caption of a sample, empty where it has none."""
-    if "json" in parts:
-        value = index._sidecar(parts["json"][1])
-        found = value.get("caption") or value.get("text")
-        if isinstance(found, str) and found.strip():
-            return found.strip()
-    return parts.get("txt", (0, b""))[1].decode("utf-8", "replace").strip()
+    parts = {suffix.lower(): part for suffix, part in parts.items()}
+    if "json" in parts and (caption := told(index._sidecar(parts["json"][1]))):
+        return caption
+    return parts.get("txt", (0, b""))[1].decode("utf-8-sig", "replace").strip()
 
 
 def _npy(embedding_LD: Tensor, name: str) -> bytes:

@@ -33,7 +33,7 @@ from av.video.reformatter import ColorRange
 from numpy.typing import NDArray
 
 from pipelines import storage
-from pipelines.container import opened
+from pipelines.container import opened, turns
 from pipelines.faults import InputError, Skip
 from pipelines.rules import PackRules
 from pipelines.shots import Thumbnail, motion, shots, thumbnail
@@ -96,32 +96,39 @@ class Piece:
 
 def cut(
     footage: Footage, paths: Sequence[Path], rules: PackRules, chance: float = 0.5, beat: Beat = lambda: None
-) -> list[Piece]:
-    """The clips of one video or image, whose files lie at ``paths``. ``chance`` in [0, 1) places a random crop.
+) -> Iterator[Piece]:
+    """The clips of one video or image, whose files lie at ``paths``, one after another: those of a film would not fit
+    in memory. ``chance`` in [0, 1) places a random crop.
 
-    Calls ``beat`` with every frame. Raises Skip: empty, unreadable, no_video, corrupt, truncated, short, small, absurd,
-    sizes (of a folder of images), codec, rotated (of what is to be copied).
+    Calls ``beat`` with every frame. Raises Skip: empty, missing, unreadable, no_video, corrupt, truncated, short,
+    small, absurd, sizes (of a folder of images), codec, rotated (of what is to be copied).
     """
-    for path in paths:
-        if not path.stat().st_size:
-            raise Skip("empty", f"{footage.name} has no bytes")
     try:
+        if not all(path.stat().st_size for path in paths):
+            raise Skip("empty", f"{footage.name} has no bytes")
         if footage.suffix in IMAGES and len(paths) == 1 and not rules.image_folders:
-            return [_image(footage, paths[0], rules, chance)]
+            yield _image(footage, paths[0], rules, chance)
+            return
         if footage.suffix in IMAGES:
             source: _Images | _Stream = _Images(footage, paths, rules.image_folders or 1.0, beat)
         else:
             source = _Stream(footage, paths[0], beat)
+        found = False
         with contextlib.closing(source):
-            if rules.encode == "copy" and isinstance(source, _Stream):
-                pieces = _copied(source, rules)
-            else:
-                pieces = _encoded(source, rules, chance)
+            copies = rules.encode == "copy" and isinstance(source, _Stream)
+            for piece in _copied(source, rules) if copies else _encoded(source, rules, chance):
+                found = True
+                yield piece
+    except FileNotFoundError:
+        raise _gone(footage) from None
     except (av.error.FFmpegError, ValueError, OSError) as error:
         raise Skip("unreadable", f"{footage.name}: {_brief(error)}") from None
-    if not pieces:
+    if not found:
         raise Skip("short", f"{footage.name}: no shot of {rules.least_frames} frames; lower least_frames to keep it")
-    return pieces
+
+
+def _gone(footage: Footage) -> Skip:
+    return Skip("missing", f"{footage.name} was there when the source was listed, and is not now")
 
 
 class _Stream:
@@ -257,7 +264,7 @@ def _picture(path: Path, name: str) -> av.VideoFrame:
     raise Skip("unreadable", f"{name}: no picture in it")
 
 
-def _encoded(source: _Stream | _Images, rules: PackRules, chance: float) -> list[Piece]:
+def _encoded(source: _Stream | _Images, rules: PackRules, chance: float) -> Iterator[Piece]:
     """Clips of the whole video, or of as many equal parts of it as there may be clips."""
     rate = source.rate
     if rules.fps and rules.fps < float(rate) * 0.99:
@@ -266,14 +273,13 @@ def _encoded(source: _Stream | _Images, rules: PackRules, chance: float) -> list
     def clips(start: float, end: float) -> Iterator[Piece]:
         return _clips(source, source.frames(start, end), rate, rules, chance)
 
-    if not rules.clips_per_video:
-        return list(clips(0.0, float("inf")))
-    if not source.duration:
-        return list(islice(clips(0.0, float("inf")), rules.clips_per_video))
+    if not rules.clips_per_video or not source.duration:
+        yield from islice(clips(0.0, float("inf")), rules.clips_per_video)
+        return
     parts = max(1, min(rules.clips_per_video, int(source.duration * rate / rules.frames)))
     edges = [source.duration * i / parts for i in range(parts)] + [float("inf")]
     chosen = (_longest(clips(start, end), rules.frames) for start, end in pairwise(edges))
-    return [piece for piece in chosen if piece]
+    yield from (piece for piece in chosen if piece)
 
 
 def _longest(clips: Iterator[Piece], frames: int) -> Piece | None:
@@ -444,9 +450,9 @@ class _Fit:
 
 def _fit(name: str, frame: av.VideoFrame, aspect: float, rules: PackRules) -> _Fit:
     """``aspect`` is width over height of a pixel. Raises Skip("small") where the rules would have to enlarge."""
-    turns = round((frame.rotation or 0) / 90) % 4
+    turned = turns(frame)
     height, width = frame.height, max(1, round(frame.width * aspect))
-    if turns % 2:
+    if turned % 2:
         height, width = width, height
     size = (height // 2 * 2, width // 2 * 2)
     scale = 1.0
@@ -461,9 +467,9 @@ def _fit(name: str, frame: av.VideoFrame, aspect: float, rules: PackRules) -> _F
         hint = "; set upscale: true to enlarge it" if scale > 1 else ""
         raise Skip("small", f"{name}: {height} x {width} (height x width) is less than {wanted}{hint}")
     scaled = size if rules.short_side else (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
-    if turns % 2:
+    if turned % 2:
         scaled = scaled[1], scaled[0]
-    return _Fit(scaled, turns, size, (frame.height, frame.width))
+    return _Fit(scaled, turned, size, (frame.height, frame.width))
 
 
 def _plane(plane: av.video.plane.VideoPlane) -> NDArray[np.uint8]:
@@ -487,7 +493,7 @@ def _image(footage: Footage, path: Path, rules: PackRules, chance: float) -> Pie
     return Piece(data, suffix, info)
 
 
-def _copied(source: _Stream, rules: PackRules) -> list[Piece]:
+def _copied(source: _Stream, rules: PackRules) -> Iterator[Piece]:
     """Clips of whole groups of pictures, their packets untouched; a group with a cut inside is left out."""
     codec = source.stream.codec_context.name.removeprefix("lib").replace("dav1d", "av1")
     if codec not in COPYABLE:
@@ -502,27 +508,28 @@ def _copied(source: _Stream, rules: PackRules) -> list[Piece]:
             cuts.append(seconds)
         moved[seconds] = motion(before, thumb) if before else 0.0
         before = thumb
-    pieces: list[Piece] = []
     run: list[av.Packet] = []
+    made = 0
 
     with source.path.open("rb") as file, opened(file) as container:
         stream = container.streams[source.stream.index]
 
-        def close() -> None:
+        def finished() -> Iterator[Piece]:
+            nonlocal made
             packets = [packet for packet in run if packet.pts >= run[0].pts]
-            if len(packets) >= rules.least_frames and len(pieces) < (rules.clips_per_video or len(moved)):
-                pieces.append(_remuxed(stream, packets, source.origin, moved))
+            if len(packets) >= rules.least_frames and made < (rules.clips_per_video or len(moved)):
+                made += 1
+                yield _remuxed(stream, packets, source.origin, moved)
             run.clear()
 
         for group, end in _groups(container, stream, source.origin):
             start = float(group[0].pts * stream.time_base) - source.origin
             inside = [cut for cut in cuts if start - 1e-3 < cut < end - 1e-3]
             if inside or (run and len(run) + len(group) > rules.frames):
-                close()
+                yield from finished()
             if not inside or inside[-1] < start + 1e-3:
                 run += group
-        close()
-    return pieces
+        yield from finished()
 
 
 def _groups(
@@ -570,20 +577,30 @@ def _remuxed(stream: av.VideoStream, packets: list[av.Packet], origin: float, mo
 
 
 def caption_of(footage: Footage) -> str | None:
-    """The caption from the table, else from a ``.txt`` or ``.json`` beside the video ("caption" or "text")."""
+    """The caption from the table, else from a ``.txt`` or ``.json`` beside the video ("caption" or "text"), where there
+    is one.
+    """
     if footage.caption is not None:
         return footage.caption
     for url in footage.sidecars:
-        text = storage.read_bytes(url).decode("utf-8", "replace").strip()
+        try:
+            text = storage.read_bytes(url).decode("utf-8-sig", "replace").strip()
+        except storage.Missing:
+            continue
         if url.lower().endswith(".json"):
-            with contextlib.suppress(ValueError):
-                value = json.loads(text)
-                found = value.get("caption") or value.get("text") if isinstance(value, dict) else None
-                if isinstance(found, str) and found.strip():
-                    return found.strip()
-        elif text:
+            try:
+                text = told(json.loads(text))
+            except (ValueError, RecursionError):
+                continue
+        if text:
             return text
     return None
+
+
+def told(sidecar: Any) -> str:
+    """The caption that a parsed .json sidecar holds: its "caption", else its "text"; empty where it has none."""
+    found = [sidecar.get(name) for name in ("caption", "text")] if isinstance(sidecar, dict) else []
+    return next((text.strip() for text in found if isinstance(text, str) and text.strip()), "")
 
 
 def _brief(error: Exception) -> str:
@@ -620,30 +637,34 @@ def _work(job: dict[str, Any], rules: PackRules, beat: Beat) -> dict[str, Any]:
     """Cuts one video into the spool file of the job; what the packer has to know of it."""
     footage = Footage(**job["footage"])
     try:
-        with _local(footage, beat) as paths:
+        with _local(footage, beat) as paths, atomic(Path(job["spool"])) as spool:
             pieces = cut(footage, paths, rules, job["chance"], beat)
+            return {"skip": None, "clips": _stored(pieces, spool, footage, job["key"])}
     except Skip as skip:
         return {"skip": [skip.reason, skip.detail], "clips": []}
+
+
+def _stored(pieces: Iterable[Piece], spool: BinaryIO, footage: Footage, name: str) -> list[dict[str, Any]]:
+    """Writes clips as members of a tar; what the packer has to know of each."""
     caption = caption_of(footage)
-    clips, spool = [], Path(job["spool"])
-    with atomic(spool) as file:
-        for number, piece in enumerate(pieces):
-            key = f"{job['key']}-{number:04d}"
-            info = {"source": footage.name, **piece.info, **({"caption": caption} if caption else {})}
-            start = file.tell()
-            file.write(tar_member(f"{key}.{piece.suffix}", piece.data))
-            file.write(tar_member(f"{key}.json", (json.dumps(info) + "\n").encode()))
-            clips.append(
-                {
-                    "key": key,
-                    "suffix": piece.suffix,
-                    "bytes": len(piece.data),
-                    "crc": zlib.crc32(piece.data),
-                    "stored": file.tell() - start,
-                    **{name: piece.info[name] for name in ("frames", "fps", "height", "width", "motion")},
-                }
-            )
-    return {"skip": None, "clips": clips}
+    clips = []
+    for number, piece in enumerate(pieces):
+        key = f"{name}-{number:04d}"
+        info = {"source": footage.name, **piece.info, **({"caption": caption} if caption else {})}
+        start = spool.tell()
+        spool.write(tar_member(f"{key}.{piece.suffix}", piece.data))
+        spool.write(tar_member(f"{key}.json", (json.dumps(info) + "\n").encode()))
+        clips.append(
+            {
+                "key": key,
+                "suffix": piece.suffix,
+                "bytes": len(piece.data),
+                "crc": zlib.crc32(piece.data),
+                "stored": spool.tell() - start,
+                **{name: piece.info[name] for name in ("frames", "fps", "height", "width", "motion")},
+            }
+        )
+    return clips
 
 
 @contextlib.contextmanager
@@ -656,11 +677,14 @@ def _local(footage: Footage, beat: Beat) -> Iterator[list[Path]]:
         paths = []
         for index, url in enumerate(footage.urls):
             path = Path(folder) / f"{index:06d}{os.path.splitext(url)[1].lower()}"
-            length = storage.size(url)
-            with path.open("wb") as file:
-                for start in range(0, length, COPY_BYTES):
-                    file.write(storage.read_bytes(url, start, min(start + COPY_BYTES, length)))
-                    beat()
+            try:
+                length = storage.size(url)
+                with atomic(path) as file:
+                    for start in range(0, length, COPY_BYTES):
+                        file.write(storage.read_bytes(url, start, min(start + COPY_BYTES, length)))
+                        beat()
+            except storage.Missing:
+                raise _gone(footage) from None
             paths.append(path)
         yield paths
 
@@ -668,7 +692,7 @@ def _local(footage: Footage, beat: Beat) -> Iterator[list[Path]]:
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """A file that appears at ``path`` whole or not at all. Raises InputError where the disk is full or read-only."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # a killed packer's worker may not have ended yet
     try:
         with part.open("wb") as file:
             yield file
@@ -677,6 +701,9 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         raise InputError(
             f"{path.parent} can't be written: {error.strerror}; free space or choose another place"
         ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def tar_member(name: str, data: bytes) -> bytes:

@@ -22,6 +22,7 @@ import tarfile
 import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -41,6 +42,8 @@ VERSION = 1
 """Of what a packing stores: part of its plan, so that an old unfinished packing is not continued by new code."""
 AHEAD = 32
 """Videos a worker that may wait in spools for their turn."""
+LOOKERS = 16
+"""Threads that look for the files of a list."""
 TABLES = frozenset({".csv", ".tsv", ".jsonl", ".json"})
 LISTS = frozenset({".txt", ".lst", *TABLES})
 _TYPES = mimetypes.MimeTypes()
@@ -140,7 +143,7 @@ class _Packing:
         self.plan = _digest(json.dumps([VERSION, rules.model_dump(), listing]).encode())
         self.state = storage.join(dest, ".pack")
         self.journal = storage.join(self.state, "journal.jsonl")
-        self.work = Path(tempfile.gettempdir(), f"moviola-pack-{self.plan}")
+        self.work = Path(tempfile.gettempdir(), f"moviola-pack-{_digest(f'{self.plan} {dest}'.encode())}")
         if not storage.is_remote(dest):
             self.work = _path(self.state)
         self.results: dict[int, dict[str, Any]] = {}
@@ -169,19 +172,13 @@ class _Packing:
 
     def resume(self) -> None:
         """Takes up what an interrupted packing left. Raises InputError when that was another packing, or still runs."""
-        lines = []
-        if storage.exists(self.journal):
-            lines = storage.read_bytes(self.journal).decode().splitlines()
-        for number, line in enumerate(lines):
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue  # the line that was being written when the packing was killed
-            if number == 0 and entry.get("plan") != self.plan:
-                raise InputError(
-                    f"{storage.redact(self.dest)} holds an unfinished packing of other footage or by other rules; "
-                    f"finish it with the same command as before, pack into another folder, or delete {self.state}"
-                )
+        lines = _entries(self.journal)
+        if lines and lines[0].get("plan", self.plan) != self.plan:
+            raise InputError(
+                f"{storage.redact(self.dest)} holds an unfinished packing of other footage or by other rules; "
+                f"finish it with the same command as before, pack into another folder, or delete {self.state}"
+            )
+        for entry in lines:
             if "video" in entry:
                 self.results[entry["video"]] = entry["result"]
             elif "shard" in entry:
@@ -202,7 +199,9 @@ class _Packing:
         except OSError as error:
             raise InputError(f"{self.work} can't be made: {error.strerror}; choose another destination") from None
         if not lines:
-            self._note({"plan": self.plan, "source": self.source})
+            self._note({"plan": self.plan, "source": self.source}, flush=True)
+        if storage.is_remote(self.dest):
+            self._recall()
         for video in self._lost():
             del self.results[video]
         self.clips = sum(len(result["clips"]) for result in self.results.values())
@@ -315,9 +314,26 @@ class _Packing:
                 lost.append(video)
         return lost
 
+    def _recall(self) -> None:
+        """Takes up the videos that this machine finished and that no stored shard's note tells of."""
+        for entry in _entries(str(self.work / "journal.jsonl")):
+            if "video" not in entry:
+                continue
+            video, result = entry["video"], entry["result"]
+            if video not in self.results:
+                self.unwritten += json.dumps(entry) + "\n"
+            elif self.results[video] != result:  # another machine cut it after this one, and not to the same clips
+                self.spool(video).unlink(missing_ok=True)
+            self.results.setdefault(video, result)
+
     def _note(self, entry: Mapping[str, Any], flush: bool = False) -> None:
-        """Appends to the journal; on S3, where appending costs a request, only with every shard."""
-        self.unwritten += json.dumps(entry) + "\n"
+        """Appends to the journal; to one on S3, where that costs a request, only with every shard, and until then to
+        one of this machine.
+        """
+        line = json.dumps(entry) + "\n"
+        self.unwritten += line
+        if storage.is_remote(self.dest):
+            storage.append_text(str(self.work / "journal.jsonl"), line)
         if flush or not storage.is_remote(self.dest):
             storage.append_text(self.journal, self.unwritten)
             self.unwritten = ""
@@ -337,6 +353,16 @@ class _Packing:
     def _clear(self) -> None:
         storage.delete(self.state, recursive=True)
         shutil.rmtree(self.work, ignore_errors=True)
+
+
+def _entries(journal: str) -> list[dict[str, Any]]:
+    """The lines of a journal, less the one that was being written when the packing was killed."""
+    entries = []
+    with contextlib.suppress(storage.Missing):
+        for line in storage.read_bytes(journal).decode("utf-8", "replace").splitlines():
+            with contextlib.suppress(ValueError):
+                entries.append(json.loads(line))
+    return entries
 
 
 class _Layout:
@@ -442,6 +468,11 @@ def _listed(source: str, rules: PackRules) -> tuple[list[_Video], list[tuple[str
         footage = [Footage(_name(PurePosixPath(source).name), (_plain(source),), storage.size(source))]
     else:
         footage = _from_folder(source, rules, missing)
+    if rules.captions and footage and not any(item.caption for item in footage):
+        raise InputError(
+            f"{storage.redact(source)}: no key in {rules.captions.table} names a video that is there, such as "
+            f"{footage[0].name}; set captions.key to the column with their paths or file names"
+        )
     if not footage and not missing:
         wanted = ", ".join(sorted(suffix[1:] for suffix in VIDEOS | IMAGES))
         where = storage.redact(storage.join(source, rules.root) if rules.root else source)
@@ -465,7 +496,7 @@ def _from_folder(source: str, rules: PackRules, missing: list[tuple[str, str]]) 
     files = {name: (url, size) for name, url, size in _walk(base, missing)}
     wanted = None
     if rules.members:
-        text = storage.read_bytes(storage.join(source, rules.members)).decode("utf-8", "replace")
+        text = storage.read_bytes(storage.join(source, rules.members)).decode("utf-8-sig", "replace")
         wanted = {line.strip().strip("/") for line in text.splitlines() if line.strip() and not line.startswith("#")}
     captions = _captions(storage.join(source, rules.captions.table), rules.captions) if rules.captions else {}
     beside: dict[str, list[str]] = {}
@@ -507,38 +538,47 @@ def _from_list(source: str, rules: PackRules, missing: list[tuple[str, str]]) ->
         if not all(path for path, _ in rows):
             raise InputError(f"{source}: every row needs a column 'path'; 'caption' is optional")
     else:
-        lines = storage.read_bytes(source).decode("utf-8", "replace").splitlines()
+        lines = storage.read_bytes(source).decode("utf-8-sig", "replace").splitlines()
         rows = [(line.strip(), None) for line in lines if line.strip() and not line.startswith("#")]
     folder = source.rpartition("/")[0] or "."
     captions = _captions(storage.join(folder, rules.captions.table), rules.captions) if rules.captions else {}
+    paths = [str(path) for path, _ in rows]
+    urls = [path if "://" in path or path.startswith(("/", "~")) else storage.join(folder, path) for path in paths]
+    with ThreadPoolExecutor(LOOKERS) as pool:
+        sizes = list(pool.map(_size, urls))
     footage: dict[str, Footage] = {}
-    for path, caption in rows:
-        path = str(path)
-        url = path if "://" in path or path.startswith(("/", "~")) else storage.join(folder, path)
-        name = _name(path)
-        if not storage.exists(url):
+    for path, url, size, (_, caption) in zip(paths, urls, sizes, rows, strict=True):
+        if size is None:
             missing.append(("missing", f"{storage.redact(path)} is in {PurePosixPath(source).name}, but not there"))
             continue
-        beside: tuple[str, ...] = ()
-        if not storage.is_remote(url):
-            stem = os.path.splitext(url)[0]
-            beside = tuple(_plain(stem + kind) for kind in (".txt", ".json") if storage.exists(stem + kind))
+        name, stem = _name(path), os.path.splitext(_plain(url))[0]
         text = str(caption) if caption else _caption(captions, path)
-        footage[name] = Footage(name, (_plain(url),), storage.size(url), text, beside)
+        footage[name] = Footage(name, (_plain(url),), size, text, (f"{stem}.txt", f"{stem}.json"))
     return list(footage.values())
+
+
+def _size(url: str) -> int | None:
+    """Bytes of a file, None where there is none."""
+    with contextlib.suppress(storage.Missing):
+        if storage.is_remote(url) or _path(url).exists():
+            return storage.size(url)
+    return None
 
 
 def _walk(
     url: str, missing: list[tuple[str, str]], prefix: str = "", above: frozenset[str] = frozenset()
 ) -> Iterator[tuple[str, str, int]]:
     """(path below ``url``, URL or local path, bytes) of every file; hidden ones and circles of links are left out."""
+    if storage.is_remote(url):
+        for entry in storage.list_below(url):
+            yield entry.name, f"{url.rstrip('/')}/{entry.name}", entry.bytes  # not joined: S3 knows names with //
+        return
     folder = storage.join(url, prefix) if prefix else url
-    if not storage.is_remote(folder):
-        real = os.path.realpath(_path(folder))
-        if real in above:
-            return
-        above = above | {real}
-    for entry in storage.list_dir(folder) if storage.is_remote(folder) else _scan(folder, prefix, missing):
+    real = os.path.realpath(_path(folder))
+    if real in above:
+        return
+    above = above | {real}
+    for entry in _scan(folder, prefix, missing):
         if entry.name.startswith("."):
             continue
         name = f"{prefix}/{entry.name}" if prefix else entry.name
@@ -648,7 +688,12 @@ def _table(url: str) -> Iterator[dict[str, Any]]:
             if isinstance(row, dict):
                 yield row
     else:
-        yield from csv.DictReader(io.StringIO(text), delimiter="\t" if url.lower().endswith(".tsv") else ",")
+        rows = csv.DictReader(io.StringIO(text), delimiter="\t" if url.lower().endswith(".tsv") else ",")
+        try:
+            yield from rows
+        except csv.Error as error:
+            hint = "a field that opens with a quotation mark, and is not closed, goes on over the lines that follow"
+            raise InputError(f"{storage.redact(url)}, up to line {rows.line_num}: {error}; {hint}") from None
 
 
 def _rank(rules: PackRules, name: str) -> int:

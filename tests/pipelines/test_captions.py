@@ -218,6 +218,21 @@ def test_all_videos_of_a_foreign_sample_keep_their_records(tmp_path, encoder):
         assert row["caption_bytes"] > 0
 
 
+def test_shards_of_like_names_are_told_apart(tmp_path, encoder):
+    video = write(tmp_path / "a.mp4", scene(0, 12)).read_bytes()
+    for n, name in enumerate(("made/a/b.tar", "made/a-b.tar")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for member_name, data in ((f"{n}.mp4", video), (f"{n}.TXT", b"stripes")):
+                tar.addfile(*member(member_name, data))
+    url = str(tmp_path / "made")
+    index.index_dataset(url)
+    assert captions.embed_captions(url, encoder).clips == 2
+    dataset = index.open_dataset(url)
+    assert {row["key"] for _, rows in dataset.all_records() for row in rows} == {b"0", b"1"}
+    assert not (tmp_path / "made" / ".captions").exists()
+
+
 def test_clips_of_one_name_keep_their_records(tmp_path, encoder):
     first, second = (write(tmp_path / "a.mp4", scene(0, frames)).read_bytes() for frames in (12, 9))
     url = tmp_path / "made"

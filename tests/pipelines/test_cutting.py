@@ -21,7 +21,7 @@ from tests.pipelines.footage import REAL, needs_real, psnr, read, scene, write, 
 
 def pieces(path: Path, **fields) -> list[Piece]:
     rules = PackRules(**{"least_frames": 4, "frames": 64, **fields})
-    return cut(Footage(path.name, (str(path),), path.stat().st_size), [path], rules)
+    return list(cut(Footage(path.name, (str(path),), path.stat().st_size), [path], rules))
 
 
 def skipped(path: Path, **fields) -> Skip:
@@ -288,7 +288,7 @@ def test_a_folder_of_images_is_a_video(tmp_path):
     assert psnr(read(piece.data), frames) > 33
     av.VideoFrame.from_ndarray(scene(0, 1, (32, 32))[0], "rgb24").save(str(paths[5]))
     with pytest.raises(Skip, match=r"im6\.png differs in size"):
-        cut(footage, paths, PackRules(least_frames=7, image_folders=25.0))
+        list(cut(footage, paths, PackRules(least_frames=7, image_folders=25.0)))
 
 
 def test_the_same_video_makes_the_same_bytes(tmp_path):

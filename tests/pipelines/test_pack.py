@@ -331,6 +331,46 @@ def test_captions_from_files_beside_and_from_tables(videos, tmp_path):
     wrong = PackRules(**RULES.model_dump(exclude={"captions"}), captions={"table": "table.csv"})
     with pytest.raises(InputError, match="captions need the columns 'key' and 'caption'; there are videoid, name"):
         pack(folder, tmp_path / "wrong", wrong)
+    (folder / "table.csv").write_text("key,caption\nid_1,leaves\n")
+    with pytest.raises(InputError, match=r"no key in table.csv names a video that is there, such as sub/a.mp4; set"):
+        pack(folder, tmp_path / "wrong", wrong)
+    (folder / "table.csv").write_text('key,caption\na,"leaves' + "\ng,stripes" * 20_000)
+    with pytest.raises(InputError, match=r"table.csv, up to line \d+: field larger than field limit .* quotation mark"):
+        pack(folder, tmp_path / "wrong", wrong)
+
+
+def test_captions_of_every_make(videos, tmp_path):
+    """With a byte order mark, in another field, in several; of nesting that no parser follows."""
+    folder = tmp_path / "told"
+    folder.mkdir()
+    sidecars = {
+        "0.txt": b"\xef\xbb\xbfleaves\r\n",
+        "1.json": b'\xef\xbb\xbf{"text": "leaves"}',
+        "2.json": b'{"caption": ["one", "two"], "text": "leaves"}',
+        "3.json": b'{"caption": 7}',
+        "4.json": b"[" * 100_000,
+    }
+    for name, data in sidecars.items():
+        shutil.copy(videos / "a.mp4", (folder / name).with_suffix(".mp4"))
+        (folder / name).write_bytes(data)
+    pack(folder, tmp_path / "made", RULES)
+    told = {info["source"]: info.get("caption") for _, info, _ in clips(tmp_path / "made")}
+    assert told == {f"{n}.mp4": "leaves" if n < 3 else None for n in range(5)}
+
+
+def test_footage_that_vanishes_costs_itself_alone(videos, tmp_path):
+    folder = tmp_path / "source"
+    for name in ("a.mp4", "g.mp4", "h.mp4"):
+        folder.mkdir(exist_ok=True)
+        shutil.copy(videos / name, folder / name)
+
+    def vanish(state):
+        for name in {"a.mp4", "g.mp4", "h.mp4"} - {state.last}:
+            (folder / name).unlink(missing_ok=True)
+
+    summary = pack(folder, tmp_path / "made", RULES, progress=vanish)
+    assert summary.clips == {"train": 2} and len(summary.skipped["missing"]) == 2
+    assert "was there when the source was listed, and is not now" in summary.skipped["missing"][0]
 
 
 def test_odd_names_are_names_and_nothing_else(tmp_path):
@@ -454,6 +494,10 @@ def test_from_and_to_an_object_store(videos, tmp_path, bucket):
     assert {entry.name for entry in storage.list_dir(f"{bucket}/made")} == {"train", "eval"}
     pack(f"{bucket}/raw", tmp_path / "local", RULES)
     assert {info.get("caption") for _, info, _ in clips(tmp_path / "local")} == {None, "told"}
+    (tmp_path / "list.txt").write_text(f"{bucket}/raw/sub/f.mp4\n{bucket}/raw/g.mp4\n{bucket}/raw/gone.mp4\n")
+    summary = pack(tmp_path / "list.txt", tmp_path / "listed", RULES)
+    assert {info.get("caption") for _, info, _ in clips(tmp_path / "listed")} == {None, "told"}
+    assert [reason for reason in summary.skipped] == ["missing"]
 
 
 def test_an_object_store_is_packed_into_from_where_it_was_left(videos, tmp_path, bucket, monkeypatch):
@@ -478,6 +522,25 @@ def test_an_object_store_is_packed_into_from_where_it_was_left(videos, tmp_path,
         local, remote = (tmp_path / "made" / entry.name).read_bytes(), storage.read_bytes(f"{bucket}/made/{entry.name}")
         assert entry.name == "index.json" or local == remote
     assert len(storage.list_dir(f"{bucket}/made")) == 11
+    assert not list(Path(tempfile.gettempdir()).glob("moviola-pack-*"))
+
+
+def test_what_this_machine_cut_for_an_object_store_is_not_cut_again(videos, tmp_path, bucket):
+    pack(videos, tmp_path / "made", RULES)
+    seen = []
+
+    def killed(state):
+        seen.append(state.last)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(videos, f"{bucket}/made", RULES, progress=killed)
+    storage.write_bytes(f"{bucket}/made/shard-000000.tar", b"uploaded when it was killed, but not noted yet")
+    pack(videos, f"{bucket}/made", RULES, progress=lambda state: seen.append(state.last))
+    assert len(seen) == len(set(seen)) == 9
+    shard = storage.read_bytes(f"{bucket}/made/shard-000000.tar")
+    assert shard == (tmp_path / "made" / "shard-000000.tar").read_bytes()
     assert not list(Path(tempfile.gettempdir()).glob("moviola-pack-*"))
 
 
