@@ -103,20 +103,22 @@ class Video:
 
         skips = context.codec.name in SKIPPING
 
-        def decoded() -> Iterator[av.VideoFrame]:
-            for number in range(first, len(packets)):
+        def decoded(start: int) -> Iterator[av.VideoFrame]:
+            for number in range(start, len(packets)):
                 packet = packets[number]
                 if skips:
                     context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
                 yield from context.decode(packet)
             yield from context.decode(None)
 
-        for frame, intact in _judged(decoded()):
-            place = wanted.pop(frame.pts, None)
-            if place is not None:
-                yield place, self._good(frame, intact, frames[place])
-            if not wanted:
-                return
+        for start in dict.fromkeys((first, 0)):  # some keyframes are decodable only after others: intra refresh
+            for frame, intact in _judged(decoded(start)):
+                place = wanted.pop(frame.pts, None)
+                if place is not None:
+                    yield place, self._good(frame, intact, frames[place])
+                if not wanted:
+                    return
+            context.flush_buffers()
         raise Skip("undecodable", f"{self.name}: {len(wanted)} of {len(frames)} frames could not be decoded")
 
     def _counted(self, packets: Sequence[av.Packet], frames: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:

@@ -71,6 +71,7 @@ VIDEOS = {
     "keyframes every 250": moving(g="250", bf="3"),
     "keyframes every 8": moving(g="8", bf="0"),
     "open groups of pictures": moving(g="10", bf="3", **{"x264-params": "open-gop=1"}),
+    "intra refresh": moving(**{"x264-params": "intra-refresh=1:keyint=10"}),
     "b-frame pyramid": moving(g="40", bf="4", **{"x264-params": "b-pyramid=normal"}),
     "variable frame rate": moving(times=[40 * i + (i % 3) * 11 for i in range(40)], g="12"),
     "matroska": moving(suffix="mkv", g="12"),
