@@ -27,15 +27,15 @@ from pipelines import storage
 from pipelines.faults import InputError
 from trainer import checkpoint
 from trainer.lease import Fenced
-from trainer.loop import Outcome
 from trainer.manifest import RunManifest
 from trainer.metrics import PACE_LINES, seconds_left
-from trainer.run import is_done
+from trainer.run import Outcome, is_done
 
 RAY_DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it waits for nodes to drain; there is one
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_worker_niceness": "0",  # training is what the machine is for
@@ -140,7 +140,10 @@ def _folder(root: str) -> Iterator[str]:
             fcntl.flock(handle, fcntl.LOCK_SH)
             yield str(folder)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        deadline = time.monotonic() + 5
+        while folder.exists() and time.monotonic() < deadline:  # Ray's processes write as they end
+            shutil.rmtree(folder, ignore_errors=True)
+            time.sleep(0.05)
 
 
 def fit(manifest: RunManifest, run_url: str, launch: str, scratch: str) -> Outcome:

@@ -1,4 +1,8 @@
-"""What one Ray Train worker does: a device, threads, and the one loop."""
+"""What one Ray Train worker does: a device, threads, and the one loop.
+
+Ray's controller reads this module too, to hand :func:`work` over, so that torch and DeepSpeed, which take seconds to
+import, are imported where they are used.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,15 @@ import json
 import threading
 import time
 import traceback
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 
 from pipelines import storage
 from pipelines.faults import InputError
-from trainer import loop
-from trainer.manifest import RunManifest
-from trainer.signals import Signals
-from trainer.telemetry import read_lines
+
+if TYPE_CHECKING:
+    from trainer.signals import Signals
 
 PEER_TROUBLE = (
     "Connection closed by peer",
@@ -36,6 +38,11 @@ def work(config: dict[str, Any]) -> str:
     an error of ours that comes back, or the news that another launch has taken the run over. Anything else is raised,
     and Ray Train restarts the group within the manifest's budget.
     """
+    import torch
+
+    from trainer import loop
+    from trainer.manifest import RunManifest
+
     run_url = config["run_url"]
     manifest = RunManifest.model_validate(config["manifest"])
     device = torch.device("cuda", 0) if manifest.workers.gpus and torch.cuda.is_available() else torch.device("cpu")
@@ -76,6 +83,8 @@ def _listen(signals: Signals, grace: float) -> None:
 
 def _again(run_url: str, error: Exception) -> bool:
     """Files the error as an event; True where the attempt before ended with the same one. A dead peer doesn't count."""
+    from trainer.telemetry import read_lines
+
     message = storage.redact(f"{type(error).__name__}: {error}")[:2000]
     if any(trouble in message for trouble in PEER_TROUBLE):
         return False

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,11 +33,9 @@ from trainer.examine import Examination
 from trainer.flops import FlopMeter
 from trainer.heartbeat import STEP, Heartbeat
 from trainer.manifest import LEAVE_SECONDS, RunManifest
-from trainer.run import is_done, models_of
+from trainer.run import Outcome, is_done, models_of
 from trainer.signals import Signals
 from trainer.telemetry import Ledger, Telemetry, heard_last, newest_ledger, read_lines, surviving
-
-Outcome = Literal["done", "stopped"]
 
 
 class _Interrupted(Exception):

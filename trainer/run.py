@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 import yaml
@@ -24,6 +24,9 @@ from trainer.manifest import RunManifest
 from trainer.recipe import Recipe
 from trainer.stage import Stage
 from trainer.telemetry import read_lines
+
+Outcome = Literal["done", "stopped"]
+"""How an attempt ends that does not fail."""
 
 
 def url_of(runs: str, name: str) -> str:

@@ -111,12 +111,11 @@ def test_killed_then_stopped_a_run_ends_bit_identical(runs: Runs, zero: int) -> 
     assert seconds["lost"] > 0 and seconds["idle"] > 0 and seconds["productive"] > 0
 
 
-NIGHTLY = [pytest.param(*case, marks=pytest.mark.nightly) for case in product((2, 3), (BORDER - 1, BORDER + 1))]
+LONG = ((3, BORDER), *product((2, 3), (BORDER - 1, BORDER + 1)))
+NIGHTLY = [pytest.param(*case, marks=pytest.mark.nightly) for case in LONG]
 
 
-@pytest.mark.parametrize(
-    ("zero", "step"), [(1, BORDER - 1), (1, BORDER), (1, BORDER + 1), (2, BORDER), (3, BORDER), *NIGHTLY]
-)
+@pytest.mark.parametrize(("zero", "step"), [(1, BORDER - 1), (1, BORDER), (1, BORDER + 1), (2, BORDER), *NIGHTLY])
 def test_a_run_that_dies_at_a_stage_border_ends_bit_identical(runs: Runs, zero: int, step: int) -> None:
     name = runs.cut(f"border-zero{zero}-{step}", runs.whole(zero), step)
     runs.train(name, 2, f"zero.stage={zero}")
@@ -168,7 +167,8 @@ def test_a_stage_starts_from_another_runs_weights(runs: Runs) -> None:
         same(runs, name, "from-run")
 
 
-def test_torchrun_restarts_the_group_and_a_run_that_is_done_returns(runs: Runs) -> None:
+@pytest.mark.nightly
+def test_torchrun_restarts_the_group(runs: Runs) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with subprocess.Popen(
         [*command, "--max-restarts", "1", "-m", "trainer", *runs.arguments("torchrun", "zero.stage=1")],
