@@ -25,7 +25,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 class ClipRule(BaseModel):
     """How a stage cuts a training clip out of a stored one. Data, not code: part of a Stage and of a manifest."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     frames: PositiveInt = Field(description="Frames T of a clip; 1 for images.")
     stride: tuple[PositiveInt, PositiveInt] = Field(
@@ -61,7 +61,7 @@ class LatentTensor(BaseModel):
     clips by the length of the last axis; it is empty where all clips have the whole of it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     tokens: Annotated[tuple[PositiveInt, ...], Field(min_length=1, description="Greatest length of each token axis.")]
     parts: Annotated[tuple[tuple[Annotated[int, Field(ge=0)], PositiveInt], ...], Field(min_length=1)]
@@ -98,7 +98,7 @@ class LatentLayout(BaseModel):
     tensors of whole numbers, by their name in the file, that decoding needs and that are equal in all clips.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     codec: Mapping[str, Any]
     frames: PositiveInt

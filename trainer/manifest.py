@@ -47,18 +47,18 @@ LabelKey = Annotated[
 ]
 LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$")]
 DnsName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
-Seconds = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, le=10**8)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DatasetRef(_Part):
     """One dataset of a mixture."""
 
     dataset: Annotated[str, Field(min_length=1, description="URL or path of a folder that holds an index.json.")]
-    weight: Annotated[float, Field(gt=0, description="Share of the mixture, relative to the others.")] = 1.0
+    weight: Annotated[float, Field(gt=0, le=10**9, description="Share of the mixture, relative to the others.")] = 1.0
     digest: str | None = Field(None, description="Filled in at the first start: a dataset that changes is refused.")
 
     @field_validator("dataset")

@@ -22,7 +22,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerSpec(BaseModel):
     """Adam or AdamW with warm-up and decay, counted in optimizer steps of the stage."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Literal["adam", "adamw"] = "adamw"
     lr: float = Field(1e-4, gt=0, le=1, description="Peak learning rate.")
@@ -48,7 +48,7 @@ class OptimizerSpec(BaseModel):
 class DiscriminatorSpec(BaseModel):
     """The network of an adversary. It goes on training over a stage border where this is the same on both sides."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: Kind = Field("patch-2d", description="PatchGAN over frames, or over the clip.")
     width: Annotated[int, Field(ge=1, le=512)] = Field(64, description="Channels of the first convolution.")
@@ -66,7 +66,7 @@ class AdversaryStage(BaseModel):
     of the step before, which is the same at any number of workers. In its first step the generator has no such term.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     weight: float = Field(gt=0, description="Weight of the adversarial term in the generator's loss.")
     start: int = Field(0, ge=0, description="Step of the stage at which the adversary starts.")
@@ -91,7 +91,7 @@ class Stage(BaseModel):
     holds what only one recipe knows (One-DVA's latent length, for example); the recipe validates it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
     steps: Annotated[int, Field(ge=0, description="Optimizer steps; 0 leaves the stage out.")]

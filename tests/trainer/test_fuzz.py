@@ -4,6 +4,7 @@ MOVIOLA_FUZZ multiplies the number of cases: the nightly run takes thousands.
 """
 
 import copy
+import json
 import os
 import time
 from pathlib import Path
@@ -49,6 +50,7 @@ def accepted(run):
         return
     again = manifests.validate(run.resolved(), "again")
     assert again.resolved() == run.resolved() and again.digest() == run.digest()
+    json.dumps(run.resolved(), allow_nan=False)
     schedule = run.schedule
     for step in (0, schedule.steps - 1):
         assert schedule.plan(step).clips > 0

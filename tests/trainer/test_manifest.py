@@ -108,6 +108,21 @@ def test_yes_and_no_are_no_numbers():
     assert "stages.frames-3.clip.stride.0: true: a number" in text and "2 faults" in text
 
 
+@pytest.mark.parametrize("value", [".inf", ".nan", "1e999"])
+def test_numbers_without_end_are_refused(tmp_path, value):
+    """They would end in a traceback of a timer, a pod's specification or a loss."""
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump(GOOD))
+    seconds = ["failure.grace_seconds", "failure.hang_seconds", "data.timeout_seconds", "workers.resize_seconds"]
+    fields = [*seconds, "optimizer.eps", "stages.frames-3.losses.mse", "stages.frames-3.optimizer.clip"]
+    with pytest.raises(InputError, match="7 faults in the manifest") as caught:
+        manifests.load(tmp_path / "m.yaml", [f"{field}={value}" for field in fields])
+    assert all(f"{field}: " in str(caught.value) for field in fields)
+    with pytest.raises(InputError, match=r"less than or equal to 100000000"):
+        manifests.load(tmp_path / "m.yaml", ["failure.hang_seconds=1e15"])
+    with pytest.raises(InputError, match=r"data\.train\.0\.weight: 1e\+308"):
+        manifests.load(tmp_path / "m.yaml", ["data.train=[{dataset: a, weight: 1.0e+308}]"])
+
+
 def test_what_ray_can_not_deal_out_and_what_no_machine_can_serve():
     text = _faults(_with(workers={"count": 2, "gpus": 1.5, "cpus": 0.00001}, telemetry={"bind": "my-host"}))
     assert "workers.gpus: 1.5: a worker has a part of one GPU, or whole ones" in text

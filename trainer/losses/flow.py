@@ -20,7 +20,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class TimestepSpec(BaseModel):
     """Logit-normal times with a thick tail."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     mean: float = Field(0.0, description="Of the normal variable whose sigmoid is t.")
     std: float = Field(1.0, gt=0)

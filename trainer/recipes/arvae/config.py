@@ -26,7 +26,7 @@ def _one_width_per_scale(widths: tuple[int, ...], down: int, field: str) -> None
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class SpynetSpec(_Part):

@@ -15,7 +15,7 @@ LATENT_STRIDE = (4, 8, 8)
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class BackboneSpec(_Part):

@@ -14,7 +14,7 @@ from trainer.recipe import FREE
 class LatentDitConfig(BaseModel):
     """A diffusion transformer over stored latents. The default is DiT-B's size."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     latents: LatentLayout | None = Field(
         None, description="Layout and statistics of the latents; left out, those of the first dataset of data.train."

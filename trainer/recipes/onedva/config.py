@@ -17,7 +17,7 @@ Count = Annotated[int, Field(ge=1, le=256)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TransformerSpec(_Part):

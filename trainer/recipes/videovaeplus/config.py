@@ -16,7 +16,7 @@ SD14_CHANNELS, SD35_CHANNELS = 4, 16
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ImageVaeSpec(_Part):
