@@ -98,8 +98,9 @@ def train(
 
     def wanted() -> tuple[Any, str]:
         from trainer import manifest as manifests
+        from trainer import run as folder
 
-        return manifests.load(manifest, sets or [], name=name), runs
+        return manifests.load(manifest, sets or [], name=name, judge=folder.data_faults), runs
 
     if dry_run:
         _dry_run(wanted()[0], as_json)

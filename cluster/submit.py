@@ -162,6 +162,10 @@ def judge(manifest: RunManifest, runs_url: str, target: str) -> Iterator[str]:
         yield f"--runs: {fault}"
     data = folder.data_faults(manifest)
     yield from data
+    if target == "local":
+        yield from _too_few_gpus(manifest)
+    if not manifest.holds:
+        return
     try:
         facts = plan.dry_run(manifest)
     except InputError as error:  # latents that can't be opened, whose layout decides the model
@@ -199,7 +203,7 @@ def _places(manifest: RunManifest, runs_url: str, target: str) -> Iterator[str]:
     """Storage that the cluster can't reach, and keys that it would show to everyone."""
     if target == "local":
         return
-    stages = manifest.schedule.stages
+    stages = manifest.schedule.stages if manifest.holds else ()
     places = [("--runs", runs_url)]
     places += [(f"data.train.{i}.dataset", ref.dataset) for i, ref in enumerate(manifest.data.train)]
     places += [(f"data.images.{i}.dataset", ref.dataset) for i, ref in enumerate(manifest.data.images)]
@@ -302,15 +306,20 @@ def _here(manifest: RunManifest, memory: Mapping[str, Any]) -> Iterator[str]:
             f"workers.count: {workers.least}: they need about {_size(needed)} of memory, this machine has "
             f"{_size(has)}. Lower it, batch, micro_batch or data.memory_mb"
         )
-    if not workers.gpus:
-        return
-    devices = torch.cuda.device_count()
+    if workers.gpus:
+        devices = range(torch.cuda.device_count())
+        yield from gpu_faults(memory, [torch.cuda.get_device_properties(i).total_memory for i in devices][:1])
+
+
+def _too_few_gpus(manifest: RunManifest) -> Iterator[str]:
+    import torch
+
+    workers, devices = manifest.workers, torch.cuda.device_count()
     if workers.gpus * workers.least > devices:
         yield (
             f"workers.gpus: {workers.gpus:g}: {workers.least} workers ask for {workers.gpus * workers.least:g} GPUs, "
             f"this machine has {devices}. Lower workers.count or workers.gpus (0 trains on CPU), or use another cluster"
         )
-    yield from gpu_faults(memory, [torch.cuda.get_device_properties(i).total_memory for i in range(devices)][:1])
 
 
 def gpu_faults(memory: Mapping[str, Any], sizes: list[int]) -> Iterator[str]:

@@ -24,10 +24,16 @@ class InputError(Exception):
         self.status = status
 
 
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The closest of the known names, None where none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return close[0] if close else None
+
+
 def near(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` with the closest of the known names, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    close = nearest(name, known)
+    return f"; did you mean {close!r}?" if close else ""
 
 
 class Skip(Exception):

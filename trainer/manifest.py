@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from pipelines import index, storage, strict_yaml
 from pipelines.contracts import PositiveInt
-from pipelines.faults import InputError, near
+from pipelines.faults import InputError, near, nearest
 from trainer import recipe as recipes
 from trainer.losses.perceptual import PerceptualSpec
 from trainer.stage import OptimizerSpec, Schedule, Stage
@@ -41,6 +41,8 @@ IN_WORDS = {
 BRANCH = re.compile(r"(int|float|str|bool)$|(tuple|constrained-\w+|literal|function-\w+|nullable|dict|list)\b|.*\[")
 """What pydantic calls a branch of a union, in a fault's place."""
 GREATEST_BATCH, GREATEST_WORKERS = 1 << 20, 1 << 14
+STAND_IN = "/of-no-dataset"
+"""Where the datasets at fault would be, while the rest of a manifest is judged."""
 DnsLabel = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$")]
 LabelKey = Annotated[
     str, Field(pattern=r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$")
@@ -293,6 +295,16 @@ class RunManifest(_Part):
         return kind(kind.Config.model_validate(model))
 
     @cached_property
+    def holds(self) -> bool:
+        """Whether recipe, model and stages fit together. They may not where :func:`validate` judges what is left of a
+        manifest with faults; nothing that follows from them is known then.
+        """
+        try:
+            return bool(self.resolved())
+        except (ValidationError, InputError):
+            return False
+
+    @cached_property
     def schedule(self) -> Schedule:
         """Every stage resolved, and the arithmetic of steps and places."""
         return Schedule(resolve_stages(self), self.batch, self.seed)
@@ -370,7 +382,7 @@ def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]
 
 
 Judge = Callable[[RunManifest], Iterable[str]]
-"""Faults of a manifest that only its target has."""
+"""Faults of a manifest that only its target has. It may be given a manifest that doesn't ``holds``."""
 
 
 def load(
@@ -414,14 +426,16 @@ def validate(plain: Mapping[str, Any], where: str, judge: Judge | None = None) -
         faults += _recipe_faults(plain["recipe"], plain)
     if faults:
         sound, places = _sound(plain, faults)
-        told = [*_joint(sound), *(judge(sound) if judge else ())] if sound is not None else []
+        told: list[str] = []
+        if sound is not None:
+            told = [*(_joint if sound.holds else _of_any_recipe)(sound), *(judge(sound) if judge else ())]
+            told += _switches(plain, sound.resolved() if sound.holds else sound.model_dump())
         faults += [line for line in told if not any(re.search(rf"\b{re.escape(place)}\b", line) for place in places)]
     elif manifest is not None:
-        faults += _joint(manifest)
+        faults += [*_joint(manifest), *_switches(plain, manifest.resolved())]
         faults += judge(manifest) if faults and judge else ()
-    if manifest is not None and not faults:
-        faults += _switches(plain, manifest.resolved())
     if faults:
+        faults = list(dict.fromkeys(faults))
         listing = "\n  ".join(faults)
         count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
         raise InputError(f"{where}: {count} in the manifest:\n  {listing}", status=2)
@@ -430,8 +444,12 @@ def validate(plain: Mapping[str, Any], where: str, judge: Judge | None = None) -
 
 
 def _sound(plain: Mapping[str, Any], faults: Sequence[str]) -> tuple[RunManifest | None, list[str]]:
-    """What is left of a manifest without the fields at fault, where that is one; and the places of those fields."""
-    rest: Any = copy.deepcopy(dict(plain))
+    """What is left of a manifest without the fields at fault, and the places of those: what is said of them, or worked
+    out from them, is void.
+
+    Fields that a manifest must have are stood in for; an unknown recipe by the one whose name is nearest.
+    """
+    rest: Any = copy.deepcopy({name: value for name, value in plain.items() if isinstance(name, str)})
     places = [line.partition(": ")[0] for line in faults]
     for place in places:
         node, holder, last = rest, None, ""
@@ -444,15 +462,36 @@ def _sound(plain: Mapping[str, Any], faults: Sequence[str]) -> tuple[RunManifest
                 break
         if holder is not None:
             del holder[last]
+    places = [line.partition(": ")[0] for line in faults if ": no such field" not in line]
     if "name" in places:
         places.remove("name")
-        rest["name"] = "run"
+    if "recipe" in places:
+        places.remove("recipe")
+        rest["recipe"] = (isinstance(plain.get("recipe"), str) and nearest(plain["recipe"], recipes.names())) or ""
+    stand_ins = {"name": "run", "recipe": "", "batch": 1, "data": {"train": STAND_IN}}
+    if isinstance(data := rest.get("data"), dict):
+        data.setdefault("train", STAND_IN)
     try:
-        manifest = RunManifest.model_validate(rest)
-        resolve_stages(manifest)
-    except (ValidationError, InputError):
+        manifest = _stood_in({**stand_ins, **rest}, stand_ins)
+    except ValidationError:
         return None, places
+    if "batch" not in rest:
+        manifest = manifest.model_copy(update={"batch": manifest.workers.greatest})
     return manifest, places
+
+
+def _stood_in(rest: dict[str, Any], stand_ins: Mapping[str, Any]) -> RunManifest:
+    """The manifest without the parts that stay at fault when the fields at fault are gone."""
+    try:
+        return RunManifest.model_validate(rest)
+    except ValidationError as error:
+        for fault in error.errors(include_url=False):
+            part, *below = fault["loc"] or [""]
+            if part == "data" and below[:1] == ["train"]:
+                rest["data"] = {**rest["data"], "train": STAND_IN}
+            else:
+                rest.pop(str(part), None)
+    return RunManifest.model_validate({**stand_ins, **rest})
 
 
 def _switches(said: Any, made: Any, place: str = "") -> Iterator[str]:
@@ -469,11 +508,15 @@ def _switches(said: Any, made: Any, place: str = "") -> Iterator[str]:
 
 def _recipe_faults(name: str, plain: Mapping[str, Any]) -> list[str]:
     """Faults of the recipe, its model and its stages, whatever else is wrong."""
+    faults: list[str] = []
     try:
         kind = recipes.load(name)
     except InputError as error:
-        return [f"recipe: {error}{near(name, recipes.names())}"]
-    faults: list[str] = []
+        faults = [f"recipe: {error}{near(name, recipes.names())}"]
+        meant = nearest(name, recipes.names())
+        if meant is None:
+            return faults
+        kind, name = recipes.load(meant), meant
     try:
         config = kind.Config.model_validate(plain.get("model") or {})
     except ValidationError as error:
@@ -494,16 +537,17 @@ def _recipe_faults(name: str, plain: Mapping[str, Any]) -> list[str]:
         change = said.get(stage.name) or {}
         if not isinstance(change, Mapping):
             continue
-        within = ""
-        try:
-            resolved = Stage.model_validate(_merge(_merge(stage.model_dump(), {"clip": clip}), change))
-            OptimizerSpec.model_validate(resolved.optimizer)
-            if resolved.adversary:
-                within = "adversary."
-                OptimizerSpec.model_validate(resolved.adversary.optimizer)
-        except ValidationError as error:
-            model, place = (Stage, "") if error.title == Stage.__name__ else (OptimizerSpec, f"{within}optimizer.")
-            faults += _explain(error, model, prefix=f"stages.{stage.name}.{place}")
+        merged = _merge(_merge(stage.model_dump(), {"clip": clip}), change)
+        adversary = merged.get("adversary")
+        its = adversary.get("optimizer") if isinstance(adversary, Mapping) else None
+        parts = ((Stage, "", merged), (OptimizerSpec, "optimizer.", merged.get("optimizer")),
+                 (OptimizerSpec, "adversary.optimizer.", its))  # fmt: skip
+        for model, place, value in parts:
+            try:
+                if isinstance(value, Mapping):
+                    model.model_validate(value)
+            except ValidationError as error:
+                faults += _explain(error, model, prefix=f"stages.{stage.name}.{place}")
     return faults
 
 
@@ -537,25 +581,32 @@ def _joint(manifest: RunManifest) -> list[str]:
             "give workers.count one number"
             for stage in _by_micro_batch(stages)
         ]
-    if manifest.failure.grace_seconds <= LEAVE_SECONDS:
-        faults.append(
-            f"failure.grace_seconds: {manifest.failure.grace_seconds:g}: a run leaves {LEAVE_SECONDS:g} s before the "
-            "end of the notice, so there is no time to commit. Raise it to the notice that your machines give"
-        )
-    if manifest.compile and manifest.zero.stage == 3:
-        faults.append("compile: true: ZeRO-3 gathers weights within the forward pass, which breaks compiled graphs. "
-                      "Set zero.stage to 2 or less, or compile: false")  # fmt: skip
-    if manifest.kubernetes is not None:
-        faults += _kubernetes(manifest, manifest.kubernetes)
-    trained = {ref.dataset.rstrip("/") for ref in (*manifest.data.train, *manifest.data.images)}
-    if manifest.data.eval and manifest.data.eval.rstrip("/") in trained:
-        faults.append(f"data.eval: {manifest.data.eval} is also trained on; hold other videos back")
-    if manifest.evaluation.every_steps and not manifest.data.eval:
-        faults.append("evaluation.every_steps: there is no data.eval to evaluate on; name a dataset there")
+    faults += _of_any_recipe(manifest)
     if manifest.data.eval and not recipes.codes(recipe):
         faults.append(f"data.eval: {manifest.data.eval}: recipe {recipe.name} decodes no videos, so nothing can be "
                       "evaluated. Leave it out; `moviola sample` draws samples")  # fmt: skip
     return faults
+
+
+def _of_any_recipe(manifest: RunManifest) -> Iterator[str]:
+    """Faults that only show when fields are taken together, whatever is trained."""
+    if manifest.failure.grace_seconds <= LEAVE_SECONDS:
+        yield (
+            f"failure.grace_seconds: {manifest.failure.grace_seconds:g}: a run leaves {LEAVE_SECONDS:g} s before the "
+            "end of the notice, so there is no time to commit. Raise it to the notice that your machines give"
+        )
+    if manifest.compile and manifest.zero.stage == 3:
+        yield (
+            "compile: true: ZeRO-3 gathers weights within the forward pass, which breaks compiled graphs. "
+            "Set zero.stage to 2 or less, or compile: false"
+        )
+    if manifest.kubernetes is not None:
+        yield from _kubernetes(manifest, manifest.kubernetes)
+    trained = {ref.dataset.rstrip("/") for ref in (*manifest.data.train, *manifest.data.images)}
+    if manifest.data.eval and manifest.data.eval.rstrip("/") in trained:
+        yield f"data.eval: {manifest.data.eval} is also trained on; hold other videos back"
+    if manifest.evaluation.every_steps and not manifest.data.eval:
+        yield "evaluation.every_steps: there is no data.eval to evaluate on; name a dataset there"
 
 
 def _by_micro_batch(stages: Iterable[Stage]) -> list[Stage]:

@@ -87,6 +87,8 @@ def data_faults(run: RunManifest) -> list[str]:
         except InputError as error:
             faults.append(f"{field}: {error}")
             continue
+        if not run.holds:
+            continue
         if line := _other_kind(run.loaded_recipe, dataset):
             faults.append(f"{field}: {ref.dataset}: {line}")
         elif field.startswith("data.train") and dataset.latents is None:
@@ -100,7 +102,7 @@ def data_faults(run: RunManifest) -> list[str]:
                     f"takes {last.clip.frames}, as stage {last.name!r}. Pack longer clips, or set "
                     "evaluation.every_steps: null"
                 )
-    for stage in run.schedule.stages:
+    for stage in run.schedule.stages if run.holds else ():
         for name, url in stage.teachers.items():
             with contextlib.suppress(InputError):  # of a teacher that is not there, claim and models_of speak
                 teacher = load(_run_of(storage.absolute(url)))

@@ -93,6 +93,47 @@ def test_all_faults_in_one_go_with_the_nearest_name():
         assert expected in text, text
 
 
+TOGETHER = {"failure": {"grace_seconds": 2}, "data": {"train": "a", "eval": "a/"}, "workers": {"count": [1, 16]}}
+TOLD = ("failure.grace_seconds: 2: a run leaves", "data.eval: a/ is also trained on", "workers.count: 16 workers share")
+
+
+@pytest.mark.parametrize(
+    ("change", "fault", "void"),
+    [
+        ({"batch": -1}, "batch: -1", "workers.count"),
+        ({"batch": None}, "batch: null", "workers.count"),
+        ({"data": 7}, "data: 7", "data.eval"),
+        ({"data": {"train": [], "eval": "a"}}, "data.train: []", "data.eval"),
+        ({"data": {"train": [3], "eval": "a"}}, "data.train.0: 3", "data.eval"),
+        ({"recipe": "arvea"}, "did you mean 'arvae'", None),
+        ({"recipe": "zz"}, "recipe 'zz' is not known", "workers.count"),
+        ({"recipe": None}, "recipe: null", "workers.count"),
+        ({"model": {"down": 9}, "stages": {"frames-3": {"clip": {"sizes": [[8, 8]]}}}}, "model.down: 9", None),
+        ({"a": 1, "gpus": 2, "grace_seconds": 3}, "a: no such field", None),
+        ({"seed": True}, "seed: true: a number belongs here", None),
+        ({"seed": True, "a": 1}, "seed: true: a number belongs here", None),
+    ],
+)
+def test_no_fault_hides_another(change, fault, void):
+    """Whatever is wrong, also with what a manifest must have, all that does not follow from it is told."""
+    plain = _with(**{**TOGETHER, **change})
+    text = _faults(plain)
+    assert fault in text
+    for line in TOLD:
+        assert (line in text) == (void is None or not line.startswith(void)), text
+    judged = []
+    with pytest.raises(InputError):
+        manifests.validate(plain, "m", judge=lambda sound: judged.append(sound) or ["the target's: 1"])
+    assert len(judged) == 1
+
+
+def test_all_faults_of_a_stage_come_at_once():
+    adversary = {"weight": 1, "optimizer": {"lr": -3}}
+    text = _faults(_with(stages={"frames-3": {"stepz": 1, "optimizer": {"lr": -2}, "adversary": adversary}}))
+    for place in ("stepz: no such field", "optimizer.lr: -2", "adversary.optimizer.lr: -3"):
+        assert f"stages.frames-3.{place}" in text
+
+
 def test_a_fault_is_told_in_the_terms_of_the_file():
     assert "data.train: []: give at least 1" in _faults(_with(data={"train": []}))
     assert "optimizer.betas.0: 2: input should be less than 1" in _faults(_with(optimizer={"betas": [2, 0]}))
