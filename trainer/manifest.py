@@ -424,6 +424,7 @@ def validate(plain: Mapping[str, Any], where: str, judge: Judge | None = None) -
         faults += _explain(error, RunManifest)
     if isinstance(plain.get("recipe"), str):
         faults += _recipe_faults(plain["recipe"], plain)
+    faults += _keys(plain, faults)
     if faults:
         sound, places = _sound(plain, faults)
         told: list[str] = []
@@ -504,6 +505,25 @@ def _switches(said: Any, made: Any, place: str = "") -> Iterator[str]:
     elif isinstance(said, list) and isinstance(made, list) and len(said) == len(made):
         for index, (inner, outer) in enumerate(zip(said, made, strict=True)):
             yield from _switches(inner, outer, f"{place}.{index}")
+
+
+def _keys(plain: Mapping[str, Any], faults: Sequence[str]) -> Iterator[str]:
+    """Keys in a URL, but where the field itself refuses them."""
+    refused = [line.partition(": ")[0] for line in faults]
+    for place, text in _texts(plain):
+        if storage.holds_keys(text) and not any(fault.startswith(place) for fault in refused):
+            yield (
+                f"{place}: {storage.redact(text)[:200]}: keys would stand in the copies of the manifest, for all who "
+                "see the run. Leave them out, and give the machines keys, or a copy of the file"
+            )
+
+
+def _texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield place, value
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from _texts(inner, f"{place}.{key}" if place else str(key))
 
 
 def _recipe_faults(name: str, plain: Mapping[str, Any]) -> list[str]:

@@ -378,6 +378,10 @@ def test_secrets_never_show(monkeypatch: pytest.MonkeyPatch) -> None:
         assert secret not in text, (secret, text)
     assert "host/b/k" in text and "x=1" in text and text.count("s3://bucket/key") == 2
     assert "http://127.0.0.1:9000/a@b" in text
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "moviola")
+    assert storage.redact("moviola logs mine -f") == "moviola logs mine -f", "a user of a store of one's own"
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "0123456789abcdef")
+    assert storage.redact("id 0123456789abcdef") == "id ***"
 
 
 def test_errors_carry_no_secret(proxy: FaultyProxy, s3_url: str) -> None:

@@ -194,6 +194,19 @@ def test_keys_in_a_url_are_refused_and_not_shown():
     assert "data.train.0.dataset" in text and "data.eval" in text and text.count("keys in a URL are not read") == 2
     assert not any(secret in text for secret in ("AKIA", "pass", "hush"))
     assert "pipe:cat x: only a path, file:// and s3:// are read" in _faults(_with(data={"train": "pipe:cat x"}))
+    signed = "https://store.example/vgg.pth?X-Amz-Credential=hush&X-Amz-Signature=hush"
+    text = _faults(
+        _with(
+            evaluation={"lpips": {"weights": signed}},
+            stages={"frames-3": {"init_from": "s3://me:hush@videos/run"}},
+            teachers={"a": "s3://AKIAABCDEFGHIJKLMNOP:pass/word@videos/run"},
+            bacth=1,
+        )
+    )
+    for place in ("evaluation.lpips.weights", "stages.frames-3.init_from", "teachers.a"):
+        assert f"  {place}: " in text
+    assert text.count("keys would stand in the copies of the manifest") == 3 and "bacth: no such field" in text
+    assert not any(secret in text for secret in ("AKIA", "pass", "hush"))
 
 
 def test_unknown_stage_and_recipe_name_what_there_is():
