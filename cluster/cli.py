@@ -371,7 +371,7 @@ def stop(run: RunName, runs: Runs = "./runs") -> None:
     state = submitting.refresh(run_url).state
     if state in ("done", "stopped", "failed"):
         raise InputError(f"run {run} is already {state}")
-    if submitting.stop(run_url) == "stopped":
+    if submitting.stop(run_url, _warn) == "stopped":
         step = known.status(run_url).last_commit_step
         kept = "no checkpoint is committed" if step is None else f"the checkpoint of step {step} is committed"
         began = "nothing has begun with it" if state == "waiting" else "its process was gone"

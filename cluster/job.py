@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cluster import launch, runs, submit
+from cluster import kubernetes, launch, runs, submit
 from cluster.cli import guarded
 from cluster.events import note
 from pipelines import storage
@@ -41,6 +41,12 @@ def drive(run_url: str, job: str) -> int:
         ) from None
     assert manifest is not None
     happened = runs.events(run_url)
+    launched = runs.launched(happened) or {}
+    if launched.get("job", job) != job:  # it has waited while the run was given to another
+        print(f"job {job}: the run was given to {launched['cluster']} as job {launched['job']} since")
+        return 0
+    if launched.get("cluster") == "kubernetes":
+        manifest = kubernetes.scraped(manifest)
     if (message := _failed_before(happened, job)) is not None:
         raise InputError(f"a new cluster won't help: {message}")
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
@@ -143,8 +149,9 @@ def _probed(manifest: RunManifest, facts: dict[str, Any], run_url: str) -> Itera
         )  # fmt: skip
         waiting[probe.remote(run_url, datasets)] = node
     ready, late = ray.wait(list(waiting), num_returns=len(waiting), timeout=PROBE_SECONDS) if waiting else ([], [])
+    why = "Is it overloaded, or do other jobs have its GPUs?" if manifest.workers.gpus else "Is it overloaded?"
     for answer in late:
-        yield f"machine {waiting[answer]['NodeManagerAddress']}: no answer after {PROBE_SECONDS:g} s. Is it overloaded?"
+        yield f"machine {waiting[answer]['NodeManagerAddress']}: no answer after {PROBE_SECONDS:g} s. {why}"
     for answer in ready:
         where = waiting[answer]["NodeManagerAddress"]
         try:

@@ -42,6 +42,8 @@ SECURITY = {
     "capabilities": {"drop": ["ALL"]},
 }
 STATES = {"SUCCEEDED": "done", "FAILED": "failed", "STOPPED": "stopped"}
+OVER = ("Complete", "Failed", "ValidationFailed")
+"""A RayJob's deployment states that no other follows."""
 
 
 def render(manifest: RunManifest, run_url: str, launch: str, environment: Mapping[str, str]) -> dict[str, Any]:
@@ -113,6 +115,14 @@ MISSING = (
     "kubernetes: missing: a RayJob needs an image at least. Build it with `docker build`, push it where the cluster's "
     "nodes can pull it, and add kubernetes: {image: REGISTRY/moviola:TAG}"
 )
+
+
+def scraped(manifest: RunManifest) -> RunManifest:
+    """With metrics on the pod's network, at a known port, where they would be on loopback: a PodMonitor reads them."""
+    telemetry = manifest.telemetry
+    bind = "0.0.0.0" if telemetry.bind == "localhost" or telemetry.bind.startswith("127.") else telemetry.bind
+    pod = telemetry.model_copy(update={"bind": bind, "port": telemetry.port or METRICS_PORT})
+    return manifest.model_copy(update={"telemetry": pod})
 
 
 def _workers(
@@ -237,7 +247,7 @@ def outcome(api: Any, namespace: str, name: str) -> tuple[str, str] | None:
     except Gone:
         return "failed", f"RayJob {namespace}/{name} is gone"
     state = job.get("status", {})
-    if state.get("jobDeploymentStatus") not in ("Complete", "Failed"):
+    if state.get("jobDeploymentStatus") not in OVER:
         return None
     why = state.get("message") or state.get("reason") or "no reason given"
     return STATES.get(state.get("jobStatus", ""), "failed"), storage.redact(str(why))

@@ -82,7 +82,6 @@ def submit(manifest: RunManifest, runs_url: str, target: str) -> Submitted:
     launch = {"cluster": target, "job": job}
     if target == "kubernetes":
         launch["namespace"] = _required(manifest.kubernetes).namespace
-        manifest = _scraped(manifest)
     claimed, run_url = folder.claim(manifest, runs_url, launch)
     if folder.is_done(claimed, run_url):
         note(run_url, "done", step=claimed.schedule.steps)
@@ -135,20 +134,33 @@ def _ray(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 
     parts = urlsplit(address)
-    try:
+    with _asking(f"no Ray answers at {address}", AT_ITS_DASHBOARD):
         socket.create_connection((parts.hostname, parts.port or 80), 5).close()
         return JobSubmissionClient(address)
-    except (OSError, ConnectionError, RuntimeError) as error:
-        reason = storage.redact(str(error).strip().splitlines()[0][:300]).rstrip(".")
-        raise InputError(
-            f"no Ray answers at {address}: {reason}. It is the dashboard's address, port 8265 unless it was moved; "
-            "RAY_AUTH_TOKEN holds the token where the cluster wants one"
-        ) from None
+
+
+AT_ITS_DASHBOARD = "It is the dashboard's address, port 8265 unless it was moved"
+TOKEN = "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's token"
+
+
+@contextlib.contextmanager
+def _asking(what: str, remedy: str = "") -> Iterator[None]:
+    """Whatever a Ray cluster answers in place of what it was asked for, as an InputError that begins with ``what``."""
+    from ray.exceptions import AuthenticationError
+
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, LookupError, AuthenticationError) as error:
+        said = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = storage.redact(said[0][:300]).rstrip(".: ")
+        remedy = TOKEN if isinstance(error, AuthenticationError) else remedy
+        raise InputError(f"{what}: {reason}" + (f". {remedy}" if remedy else "")) from None
 
 
 def environment() -> dict[str, str]:
-    """What a cluster's processes need to find storage, without keys."""
-    return {name: os.environ[name] for name in PASSED_ON if os.environ.get(name)}
+    """What a cluster's processes need to find storage. An endpoint with keys is left out: :func:`judge` tells of it."""
+    given = {name: os.environ.get(name, "") for name in PASSED_ON}
+    return {name: value for name, value in given.items() if value and not storage.holds_keys(value)}
 
 
 def judge(manifest: RunManifest, runs_url: str, target: str) -> Iterator[str]:
@@ -234,6 +246,11 @@ def _places(manifest: RunManifest, runs_url: str, target: str) -> Iterator[str]:
             )
     for name in ("MOVIOLA_S3_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
         endpoint = os.environ.get(name, "")
+        if storage.holds_keys(endpoint):
+            yield (
+                f"{name}: {storage.redact(endpoint)}: keys in an endpoint would stand in the cluster's list of jobs. "
+                "Give the cluster's machines keys or a role of their own"
+            )
         if near_by or not _loopback(urlsplit(endpoint).hostname or ""):
             continue
         yield (
@@ -341,14 +358,6 @@ def _existing(path: str) -> Path:
     return next(parent for parent in (here, *here.parents) if parent.exists())
 
 
-def _scraped(manifest: RunManifest) -> RunManifest:
-    """With metrics on the pod's network, at a known port, where they would be on loopback: a PodMonitor reads them."""
-    telemetry = manifest.telemetry
-    bind = "0.0.0.0" if _loopback(telemetry.bind) else telemetry.bind
-    pod = telemetry.model_copy(update={"bind": bind, "port": telemetry.port or kubernetes.METRICS_PORT})
-    return manifest.model_copy(update={"telemetry": pod})
-
-
 def _start_here(run_url: str, job: str) -> None:
     """A process of its own session, which goes on when the terminal closes."""
     local = not storage.is_remote(run_url)
@@ -365,6 +374,8 @@ def _start_here(run_url: str, job: str) -> None:
 AGENT_SECONDS = 60.0
 NO_AGENT = "No available agent to submit job"
 """What a Ray answers whose head has only just started, or whose agent finds its port taken."""
+UNKNOWN_JOB = "status code 404"
+"""In what a Ray answers that has been started anew."""
 
 
 def _start_there(client: Any, run_url: str, job: str) -> None:
@@ -376,24 +387,23 @@ def _start_there(client: Any, run_url: str, job: str) -> None:
         deadline = time.monotonic() + AGENT_SECONDS
         while True:
             try:
-                client.submit_job(
-                    entrypoint=entrypoint(run_url, job),
-                    submission_id=job,
-                    runtime_env={"working_dir": staged, "env_vars": environment()},
-                    metadata={"moviola-run-url": run_url},
-                )
-                return
-            except (OSError, RuntimeError) as error:
-                if NO_AGENT in str(error) and time.monotonic() < deadline:
-                    time.sleep(1)
-                    continue
-                reason = storage.redact(str(error).strip().splitlines()[0][:300]).rstrip(".")
-                if NO_AGENT in reason:
-                    reason += (
-                        f": none came up on the head in {AGENT_SECONDS:.0f} s. Another Ray there may hold its port: "
-                        "start the head with --dashboard-agent-listen-port of a free one (52365 is the default)"
+                with _asking("the cluster refused the job"):
+                    client.submit_job(
+                        entrypoint=entrypoint(run_url, job),
+                        submission_id=job,
+                        runtime_env={"working_dir": staged, "env_vars": environment()},
+                        metadata={"moviola-run-url": run_url},
                     )
-                raise InputError(f"the cluster refused the job: {reason}") from None
+                return
+            except InputError as error:
+                if NO_AGENT not in str(error):
+                    raise
+                if time.monotonic() > deadline:
+                    raise InputError(
+                        f"{error}: none came up on the head in {AGENT_SECONDS:.0f} s. Another Ray there may hold its "
+                        "port: start the head with --dashboard-agent-listen-port of a free one (52365 is the default)"
+                    ) from None
+                time.sleep(1)
 
 
 def entrypoint(run_url: str, job: str) -> str:
@@ -432,10 +442,14 @@ def _said(launch: Mapping[str, Any]) -> tuple[str, str] | None:
         return None
     if cluster == "kubernetes":
         return kubernetes.outcome(kubernetes.connect(), launch["namespace"], launch["job"])
+    job, client = launch["job"], _ray(cluster)
     try:
-        info = _ray(cluster).get_job_info(launch["job"])
-    except RuntimeError as error:
-        return "failed", storage.redact(str(error).strip().splitlines()[0][:300])
+        with _asking(f"{cluster} can't tell of job {job}"):
+            info = client.get_job_info(job)
+    except InputError as error:
+        if UNKNOWN_JOB not in str(error):
+            raise
+        return "failed", str(error)
     ended = ENDED.get(str(getattr(info.status, "value", info.status)))
     return (ended, storage.redact((info.message or "no reason given").strip())) if ended else None
 
@@ -448,10 +462,11 @@ def _held(run_url: str) -> bool:
     return False
 
 
-def stop(run_url: str) -> runs.State:
+def stop(run_url: str, warn: Callable[[str], None] = lambda text: None) -> runs.State:
     """Asks for a committed checkpoint and the end; gives the run's state.
 
     A job that no machine has begun with is taken back, and a run whose process is gone is over: both are ``stopped``.
+    So is a job that waits on a cluster which does not answer; ``warn`` is told.
     """
     runs.ask_to_stop(run_url, "moviola stop")
     happened = runs.events(run_url)
@@ -461,10 +476,14 @@ def stop(run_url: str) -> runs.State:
         return "stopped"
     if state.state != "waiting":
         return state.state
-    if launch["cluster"] == "kubernetes":
-        kubernetes.delete(kubernetes.connect(), launch["namespace"], launch["job"])
-    else:
-        _ray(launch["cluster"]).stop_job(launch["job"])
+    try:
+        if launch["cluster"] == "kubernetes":
+            kubernetes.delete(kubernetes.connect(), launch["namespace"], launch["job"])
+        else:
+            with _asking("the cluster refused"):
+                _ray(launch["cluster"]).stop_job(launch["job"])
+    except InputError as error:
+        warn(f"job {launch['job']} could not be taken back; if it ever begins, it ends at once: {error}")
     note(run_url, "stopped", step=state.last_commit_step or 0)
     return "stopped"
 

@@ -155,9 +155,15 @@ def test_no_key_of_this_machine_is_in_a_rayjob(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush-hush")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLEEXAMPLE")
     monkeypatch.setenv("AWS_REGION", "eu-central-1")
+    monkeypatch.setenv("MOVIOLA_S3_ENDPOINT", "https://me:hush@store.example")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://store.example/?X-Amz-Signature=hush")
     manifest = manifests.validate(PLAIN, "m")
     text = kubernetes.text(kubernetes.render(manifest, RUN, "small-0a1b2c", submit.environment()))
     assert "eu-central-1" in text and "hush" not in text and "AKIA" not in text
+    told = "\n".join(submit._places(manifest, "s3://runs", "kubernetes"))
+    for name in ("MOVIOLA_S3_ENDPOINT", "AWS_ENDPOINT_URL"):
+        assert re.search(rf"^{name}: https://store\.example\S*: keys in an endpoint would stand in", told, re.M)
+    assert "hush" not in told
 
 
 def test_the_commented_rayjob_is_what_is_rendered(crds):
@@ -268,6 +274,8 @@ def test_a_rayjob_is_created_asked_for_and_deleted(api):
     assert kubernetes.outcome(client, "default", name) is None
     server.jobs[name]["status"] = {"jobDeploymentStatus": "Failed", "jobStatus": "", "message": "image can't be pulled"}
     assert kubernetes.outcome(client, "default", name) == ("failed", "image can't be pulled")
+    server.jobs[name]["status"] = {"jobDeploymentStatus": "ValidationFailed", "message": "no such field"}
+    assert kubernetes.outcome(client, "default", name) == ("failed", "no such field")
     server.jobs[name]["status"] = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}
     assert kubernetes.outcome(client, "default", name)[0] == "done"
     kubernetes.delete(client, "default", name)

@@ -6,6 +6,8 @@ import re
 import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -273,6 +275,76 @@ def test_a_job_that_waits_for_machines_is_taken_back(plain, tmp_path, monkeypatc
     monkeypatch.setattr(kubernetes, "delete", lambda *job: taken.append(job))
     submit.stop(run_url)
     assert taken == [("api", "video", "small-0a1b2c")] and runs.status(run_url).state == "stopped"
+
+
+def test_a_job_that_waits_on_a_cluster_which_is_gone_does_not_hold_its_run(plain, tmp_path, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        gone = f"http://127.0.0.1:{free.getsockname()[1]}"
+        launch = {"cluster": gone, "job": "small-0a1b2c"}
+        _, run_url = folder.claim(manifest_of(plain), str(tmp_path), launch)
+        told: list[str] = []
+        assert submit.stop(run_url, told.append) == "stopped" == runs.status(run_url).state
+    assert told[0].startswith(
+        "job small-0a1b2c could not be taken back; if it ever begins, it ends at once: no Ray answer"
+    )
+    assert job.drive(run_url, "small-0a1b2c") == 0, "it was asked to stop"
+    folder.claim(manifest_of(plain), str(tmp_path), {"cluster": "http://other:1", "job": "small-111111"})
+    before = runs.events(run_url)
+    monkeypatch.setattr(job.launch, "foreground", lambda *of, **options: pytest.fail("it takes the run over"))
+    assert job.drive(run_url, "small-0a1b2c") == 0 and runs.events(run_url) == before
+
+
+def test_what_a_ray_refuses_is_a_message():
+    """A token that is wanted, an answer that is none, a job that is not known, and a moment's trouble."""
+    answers = {"/api/version": (401, "no token")}
+
+    class Ray(BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, text = answers[self.path]
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Ray)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    with pytest.raises(InputError, match=r"Authentication required: no token\. Set RAY_AUTH_MODE=token, and RAY_AUTH"):
+        submit.connect(address, None)
+    answers["/api/version"] = (200, "<html>")
+    with pytest.raises(InputError, match=r"no Ray answers at .*\. It is the dashboard's address"):
+        submit.connect(address, None)
+    answers["/api/version"] = (200, '{"version": "4", "ray_version": "2.60.0", "ray_commit": "a"}')
+    launch = {"cluster": address, "job": "small-0a1b2c"}
+    answers["/api/jobs/small-0a1b2c"] = (503, "a moment")
+    with pytest.raises(InputError, match=r"can't tell of job small-0a1b2c: .*503"):
+        submit._said(launch)
+    answers["/api/jobs/small-0a1b2c"] = (404, "Job small-0a1b2c does not exist")
+    assert submit._said(launch)[0] == "failed"
+    server.shutdown()
+    server.server_close()
+
+
+def test_metrics_of_a_pod_are_where_prometheus_reads_them(plain, tmp_path, monkeypatch):
+    """The manifest that is kept stays as it was said: on this machine the same run serves on loopback."""
+    launch = {"cluster": "kubernetes", "job": "small-0a1b2c", "namespace": "video"}
+    _, run_url = folder.claim(manifest_of(plain), str(tmp_path), launch)
+    assert folder.load(run_url).telemetry.bind == "127.0.0.1"
+    served: list[tuple[str, int]] = []
+
+    def foreground(manifest, *of, **options):
+        served.append((manifest.telemetry.bind, manifest.telemetry.port))
+        return "done"
+
+    monkeypatch.setattr(job.launch, "foreground", foreground)
+    assert job.drive(run_url, "small-0a1b2c") == 0
+    folder.claim(manifest_of(plain), str(tmp_path), {"cluster": "local", "job": "small-111111"})
+    assert job.drive(run_url, "small-111111") == 0
+    assert served == [("0.0.0.0", kubernetes.METRICS_PORT), ("127.0.0.1", 0)]
 
 
 def test_a_dry_run_prints_the_rayjob_and_what_is_wrong(plain, tmp_path, monkeypatch, capsys):
