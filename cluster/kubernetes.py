@@ -164,7 +164,7 @@ def _pod(
     ports: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """A pod of one container, which may write to /tmp and /dev/shm alone. ``token`` is what the autoscaler needs."""
-    amounts = {"cpu": f"{round(cpus * 1000)}m", "memory": f"{memory_gb}Gi"}
+    amounts = {"cpu": f"{max(1, round(cpus * 1000))}m", "memory": f"{memory_gb}Gi"}
     amounts |= {"nvidia.com/gpu": str(gpus)} if gpus else {}
     return {
         "metadata": {"labels": dict(labels)},

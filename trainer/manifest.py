@@ -43,12 +43,13 @@ BRANCH = re.compile(r"(int|float|str|bool)$|(tuple|constrained-\w+|literal|funct
 GREATEST_BATCH, GREATEST_WORKERS = 1 << 20, 1 << 14
 STAND_IN = "/of-no-dataset"
 """Where the datasets at fault would be, while the rest of a manifest is judged."""
-DnsLabel = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$")]
-LabelKey = Annotated[
-    str, Field(pattern=r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$")
-]
-LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$")]
-DnsName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
+_LABEL = "[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+_NAME = f"{_LABEL}([.]{_LABEL})*"
+_WORD = "[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+DnsLabel = Annotated[str, Field(pattern=f"^{_LABEL}$")]
+DnsName = Annotated[str, Field(pattern=f"^{_NAME}$", max_length=253)]
+LabelKey = Annotated[str, Field(pattern=f"^({_NAME}/)?{_WORD}$", max_length=317)]
+LabelValue = Annotated[str, Field(pattern=f"^({_WORD})?$")]
 Seconds = Annotated[float, Field(gt=0, le=10**8)]
 
 

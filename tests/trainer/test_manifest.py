@@ -238,6 +238,13 @@ def test_pods_that_can_not_be_made():
     manifests.validate(_with(workers={"count": 4, "gpus": 0.5}, kubernetes=kubernetes), "m")
     text = _faults(_with(kubernetes={"image": "a b", "secrets": ["A_B"], "tolerations": [{"operator": "Equal"}]}))
     assert "kubernetes.image" in text and "kubernetes.secrets.0" in text and "operator: Equal needs a key" in text
+    odd = {"namespace": "a.b", "queue": "a" * 64, "service_account": "a..b", "secrets": ["a.-b", "a-.b"]}
+    odd["node_selector"] = {"a..b/c": "d", "a.b/c": "-d", "/c": "d", "b/": "d"}
+    text = _faults(_with(kubernetes={"image": "moviola", **odd}))
+    assert "9 faults" in text and text.count("string should match pattern") == 9
+    fine = {"namespace": "3d-team", "service_account": "a.b-c.d", "secrets": ["a.b"], "queue": "7"}
+    spec = {"image": "moviola", **fine, "node_selector": {"a.b/c_d": ""}}
+    manifests.validate(_with(kubernetes=spec, workers={"count": 2}), "m")
 
 
 @settings(deadline=None)
