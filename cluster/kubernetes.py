@@ -219,8 +219,10 @@ def connect() -> Any:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # what it prints of a file that is not there
             config.load_config()
-    except (config.ConfigException, FileNotFoundError, OSError) as error:
+    except (config.ConfigException, OSError, yaml.YAMLError, ValueError, TypeError, LookupError) as error:
         message = storage.redact(str(error).splitlines()[0]).rstrip(".")
+        if isinstance(error, yaml.YAMLError | ValueError | TypeError | LookupError):
+            message = f"its file can't be read ({message})"
         raise InputError(f"no Kubernetes cluster is named: {message}. Set KUBECONFIG", status=2) from None
     return client.CustomObjectsApi()
 

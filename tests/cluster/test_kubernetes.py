@@ -282,7 +282,7 @@ def test_a_rayjob_is_created_asked_for_and_deleted(api):
     assert kubernetes.outcome(client, "default", name) == ("failed", f"RayJob default/{name} is gone")
 
 
-def test_what_the_api_server_refuses_is_told(api, monkeypatch):
+def test_what_the_api_server_refuses_is_told(api, monkeypatch, tmp_path):
     client, server = api
     _, job = rendered()
     job["spec"]["backofLimit"] = 1
@@ -292,6 +292,10 @@ def test_what_the_api_server_refuses_is_told(api, monkeypatch):
         server.refused = status
         with pytest.raises(InputError, match=message):
             kubernetes.check(client, "default")
+    for text in ("{{", "- 1", "7"):
+        (tmp_path / "kubeconfig").write_text(text)
+        with pytest.raises(InputError, match=r"its file can't be read \(.*Set KUBECONFIG"):
+            kubernetes.connect()
     monkeypatch.setenv("KUBECONFIG", "/nowhere")
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", "/nowhere")
     with pytest.raises(InputError, match=r"no Kubernetes cluster is named: .* Set KUBECONFIG"):
