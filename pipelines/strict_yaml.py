@@ -1,4 +1,4 @@
-"""YAML that people write: manifests and rules. Safe tags alone, no aliases, no key twice, and a bound on its length."""
+"""YAML that people write: manifests and rules. Safe tags, no aliases, no key twice; bounds on length and depth."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from pipelines import storage
 from pipelines.faults import InputError
 
 MAX_BYTES = 1 << 20
+MAX_DEPTH = 50
+MAX_DIGITS = 300
+"""Of a whole number. Python shows none of more than 4300 digits, also where 0x… made it one."""
 UNREADABLE = (yaml.YAMLError, ValueError, RecursionError, OverflowError)
 """What :func:`value` raises; the last three come from scalars (a date, a number) and from depth."""
 
@@ -17,11 +20,24 @@ UNREADABLE = (yaml.YAMLError, ValueError, RecursionError, OverflowError)
 class _Loader(yaml.SafeLoader):
     """Safe YAML that refuses duplicate keys and aliases (which can grow a short file without bound)."""
 
+    depth = 0
+
     def compose_node(self, parent: Any, index: Any) -> Any:
+        mark = self.peek_event().start_mark
         if self.check_event(yaml.events.AliasEvent):
-            event = self.peek_event()
-            raise yaml.MarkedYAMLError(None, None, "aliases (*name) are not allowed; write it out", event.start_mark)
-        return super().compose_node(parent, index)
+            raise yaml.MarkedYAMLError(None, None, "aliases (*name) are not allowed; write it out", mark)
+        if self.depth >= MAX_DEPTH:
+            raise yaml.MarkedYAMLError(None, None, f"nested more than {MAX_DEPTH} deep", mark)
+        self.depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+    def construct_yaml_int(self, node: Any) -> int:
+        if len(node.value) > MAX_DIGITS:
+            raise yaml.MarkedYAMLError(None, None, f"a number of more than {MAX_DIGITS} digits", node.start_mark)
+        return super().construct_yaml_int(node)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -35,6 +51,9 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(None, None, f"key {key!r} stands here twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def read(source: str, kind: str) -> str:

@@ -727,10 +727,15 @@ def _set(plain: dict[str, Any], change: str) -> None:
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise InputError(f"--set {change!r}: write it as field=value, for example optimizer.lr=1e-4", status=2)
+    if len(keys) > strict_yaml.MAX_DEPTH:
+        raise InputError(f"--set {change[:80]!r}…: {len(keys)} levels of fields; no manifest has so many", status=2)
     try:
         value = strict_yaml.value(text)
-    except strict_yaml.UNREADABLE:
-        raise InputError(f"--set {change!r}: {text!r} is not a YAML value", status=2) from None
+    except strict_yaml.UNREADABLE as error:
+        why = getattr(error, "problem", None)
+        raise InputError(
+            f"--set {change[:200]!r}: {text[:200]!r} is not a YAML value" + (f": {why}" if why else ""), status=2
+        ) from None
     node: Any = plain
     for depth, key in enumerate(keys[:-1]):
         if isinstance(node, list):

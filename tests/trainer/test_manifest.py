@@ -290,7 +290,9 @@ def test_the_schema_takes_every_manifest_and_refuses_what_no_manifest_has():
         ("- 1\n", "this is a list"),
         ("a: !!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
         ("? [a]\n: 1\n", "a key must be plain text"),
-        ("a: " + "[" * 3000, "not readable as YAML"),
+        ("a: " + "[" * 3000, "line 1, column 53: nested more than 50 deep"),
+        ("a: 0x" + "f" * 6000, "line 1, column 4: a number of more than 300 digits"),
+        ("a: " + "9" * 6000, "line 1, column 4: a number of more than 300 digits"),
         ("x" * (2 << 20), "the limit is 1048576"),
     ],
 )
@@ -322,6 +324,8 @@ def test_set_changes_any_field(tmp_path):
         "optimizer.lr": "write it as field=value",
         "name.x=1": "name has no fields",
         "a=[": "not a YAML value",
+        "seed=0x" + "f" * 6000: "not a YAML value: a number of more than 300 digits",
+        ".".join("a" * 5000) + "=1": "5000 levels of fields; no manifest has so many",
         "..=1": "write it as field=value",
     }.items():
         with pytest.raises(InputError, match=expected.replace("[", r"\[")):
