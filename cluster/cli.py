@@ -192,6 +192,8 @@ def _submit(wanted: Any, runs: str, cluster: str, follow: bool, as_json: bool) -
         err.print(f"run {given.name} is done already: {storage.redact(given.url)}")
         return
     err.print(f"run {given.name} in {storage.redact(given.url)}: job {given.job} on {cluster}")
+    if given.warning:
+        _warn(given.warning)
     if not follow:
         err.print(f"  moviola logs {given.name} -f --runs {storage.redact(runs)}")
         return

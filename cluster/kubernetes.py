@@ -227,6 +227,38 @@ def connect() -> Any:
     return client.CustomObjectsApi()
 
 
+def shortage(api: Any, manifest: RunManifest) -> str | None:
+    """What is said where the nodes that are there can't hold the fewest workers' pods, whatever else runs on them.
+
+    No fault: an autoscaler may bring nodes. None where they can, or where the nodes may not be listed.
+    """
+    from kubernetes.client import CoreV1Api
+    from kubernetes.utils import parse_quantity
+
+    spec, workers = manifest.kubernetes, manifest.workers
+    assert spec is not None
+    try:
+        nodes = _call(CoreV1Api(api.api_client).list_node).items
+    except InputError:
+        return None
+    each = spec.workers_per_pod
+    needs = {"nvidia.com/gpu": workers.gpus * each, "cpu": workers.cpus * each, "memory": spec.memory_gb << 30}
+    room = 0
+    for node in nodes:
+        labels, has = node.metadata.labels or {}, node.status.allocatable or {}
+        if not node.spec.unschedulable and spec.node_selector.items() <= labels.items():
+            room += min(int(float(parse_quantity(has.get(kind, 0))) / need) for kind, need in needs.items() if need)
+    wanted = workers.least // each
+    if room >= wanted:
+        return None
+    gpus = f"{needs['nvidia.com/gpu']:g} GPUs, " if workers.gpus else ""
+    return (
+        f"the cluster's {len(nodes)} nodes hold {room} of {wanted} worker pods of {gpus}{needs['cpu']:g} CPUs and "
+        f"{spec.memory_gb} GiB; the run waits until an autoscaler brings more, or for ever. Look at workers, and at "
+        "kubernetes.workers_per_pod, memory_gb and node_selector"
+    )
+
+
 def create(api: Any, job: Mapping[str, Any]) -> None:
     """Creates the RayJob; raises InputError with the API server's reason where it refuses."""
     _call(api.create_namespaced_custom_object, GROUP, VERSION, job["metadata"]["namespace"], PLURAL, job)

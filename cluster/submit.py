@@ -45,12 +45,16 @@ ENDED = {"SUCCEEDED": "done", "STOPPED": "stopped", "FAILED": "failed"}
 
 @dataclass(frozen=True)
 class Submitted:
-    """A run that goes on by itself; ``job`` is its name where it runs, None where there was nothing left to do."""
+    """A run that goes on by itself; ``job`` is its name where it runs, None where there was nothing left to do.
+
+    ``warning`` is what may keep it from beginning.
+    """
 
     name: str
     url: str
     cluster: str
     job: str | None
+    warning: str | None = None
 
 
 def submit(manifest: RunManifest, runs_url: str, target: str) -> Submitted:
@@ -86,17 +90,20 @@ def submit(manifest: RunManifest, runs_url: str, target: str) -> Submitted:
     if folder.is_done(claimed, run_url):
         note(run_url, "done", step=claimed.schedule.steps)
         return Submitted(claimed.name, run_url, target, None)
+    warning = None
     try:
         if target == "local":
             _start_here(run_url, job)
         elif target == "kubernetes":
+            if (warning := kubernetes.shortage(client, claimed)) is not None:
+                note(run_url, "warning", message=warning)
             kubernetes.create(client, kubernetes.render(claimed, run_url, job, environment()))
         else:
             _start_there(client, run_url, job)
     except InputError as error:
         note(run_url, "failed", message=str(error))
         raise
-    return Submitted(claimed.name, run_url, target, job)
+    return Submitted(claimed.name, run_url, target, job, warning)
 
 
 def connect(target: str, manifest: RunManifest) -> Any:

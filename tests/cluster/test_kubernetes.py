@@ -201,6 +201,7 @@ class ApiServer(BaseHTTPRequestHandler):
     """As much of an API server as the client asks of one: it keeps RayJobs that obey their schema."""
 
     jobs: dict[str, dict]
+    nodes: tuple[dict, ...] = ()
     judge = None
     refused = 0
 
@@ -229,6 +230,8 @@ class ApiServer(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.refused:
             return self._fail(self.refused, "no such thing for you")
+        if self.path.partition("?")[0] == "/api/v1/nodes":
+            return self._answer(200, {"items": self.nodes})
         if self.path.partition("?")[0].endswith("/rayjobs"):
             return self._answer(200, {"items": list(self.jobs.values())})
         job = self._one()
@@ -280,6 +283,28 @@ def test_a_rayjob_is_created_asked_for_and_deleted(api):
     assert kubernetes.outcome(client, "default", name)[0] == "done"
     kubernetes.delete(client, "default", name)
     assert kubernetes.outcome(client, "default", name) == ("failed", f"RayJob default/{name} is gone")
+
+
+def test_nodes_that_hold_no_pod_are_told(api):
+    client, server = api
+
+    def node(gpus, memory="64Gi", **spec):
+        amounts = {"cpu": "7910m", "memory": memory} | ({"nvidia.com/gpu": str(gpus)} if gpus else {})
+        return {"metadata": {"labels": {"zone": "a"}}, "spec": spec, "status": {"allocatable": amounts}}
+
+    def told(**changes):
+        spec = {"image": "moviola", "workers_per_pod": 2, "memory_gb": 32, **changes}
+        return kubernetes.shortage(client, rendered(workers={"count": 4, "gpus": 1, "cpus": 2}, kubernetes=spec)[0])
+
+    server.nodes = (node(2), node(2, unschedulable=True), node(0), node(1), node(8, "16Gi"))
+    assert told().startswith(
+        "the cluster's 5 nodes hold 1 of 2 worker pods of 2 GPUs, 4 CPUs and 32 GiB; the run waits"
+    )
+    server.nodes = (node(2), node(2))
+    assert told() is None and told(node_selector={"zone": "a"}) is None
+    assert "2 nodes hold 0 of 2" in told(node_selector={"zone": "b"})
+    server.refused = 403
+    assert told() is None, "who may not list nodes may submit all the same"
 
 
 def test_what_the_api_server_refuses_is_told(api, monkeypatch, tmp_path):
