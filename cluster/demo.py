@@ -139,7 +139,10 @@ def make_way(run_url: str, data: str, say: Callable[[str], None]) -> None:
 
 
 def shards_of(videos: str | None, data: str, say: Callable[[str], None]) -> str:
-    """Packs the footage, or finds it packed; the folder with ``train`` and ``eval``."""
+    """Packs the footage, or finds it packed; the folder with ``train`` and ``eval``.
+
+    ``shards`` in ``data`` is a link to it: where the smoke manifests look.
+    """
     source = Path(videos) if videos else Path(data) / "procedural"
     if not videos and not source.exists():
         say("making procedural footage with known flow")
@@ -152,6 +155,10 @@ def shards_of(videos: str | None, data: str, say: Callable[[str], None]) -> str:
     shards = str(Path(data) / f"shards-{name}")
     say(f"packing clips of {source} into WebDataset shards in {shards}")
     say(pack.pack(str(source), shards, rules).text())
+    link = Path(data) / "shards.new"
+    link.unlink(missing_ok=True)
+    link.symlink_to(f"shards-{name}")
+    link.replace(Path(data) / "shards")
     return shards
 
 

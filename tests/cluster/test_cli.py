@@ -274,7 +274,16 @@ def test_the_demo_packs_anew_when_the_folder_changes(monkeypatch, tmp_path):
     first = demo.shards_of(str(tmp_path / "v"), str(tmp_path / "data"), lambda text: None)
     assert demo.shards_of(str(tmp_path / "v"), str(tmp_path / "data"), lambda text: None) == first
     shutil.copy(tmp_path / "third.mp4", tmp_path / "v")
-    assert demo.shards_of(str(tmp_path / "v"), str(tmp_path / "data"), lambda text: None) != first
+    second = demo.shards_of(str(tmp_path / "v"), str(tmp_path / "data"), lambda text: None)
+    assert second != first and (tmp_path / "data/shards").samefile(second)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").rename("demo_data")
+    twins = [path for path in demo.MANIFESTS.glob("*.yaml") if path.stem == "demo" or path.stem.endswith("_smoke")]
+    assert len(twins) > 10
+    for path in twins:
+        wanted = manifests.load(path)
+        missing = [fault for fault in folder.data_faults(wanted) if "is not there" in fault]
+        assert not missing or wanted.recipe == "latentdit", (path, missing)
 
 
 def test_the_demo_says_what_is_wrong_with_the_folder_and_spares_other_runs(tmp_path, plain, capsys):
