@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipelines.contracts import BatchPlan, ClipRule, PositiveInt, Stream, derive
 from trainer.blocks.discriminator import Kind, Norm, least_side
@@ -17,6 +17,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Weight = Annotated[float, Field(ge=0)]
 
 
 class OptimizerSpec(BaseModel):
@@ -104,7 +105,7 @@ class Stage(BaseModel):
     )
     train: tuple[str, ...] = ("*",)
     freeze: tuple[str, ...] = ()
-    losses: Mapping[str, float] = Field(default_factory=dict, description="Weight of each loss term, by name.")
+    losses: Mapping[str, Weight] = Field(default_factory=dict, description="Weight of each loss term, by name.")
     supervise: tuple[PositiveInt, PositiveInt] | None = None
     adversary: AdversaryStage | None = None
     optimizer: Mapping[str, Any] = Field(default_factory=dict, description="Fields that differ from the run's.")
@@ -118,14 +119,6 @@ class Stage(BaseModel):
         default_factory=dict, description="Checkpoints or runs whose models the recipe learns from, frozen, by name."
     )
     knobs: Mapping[str, Any] = Field(default_factory=dict)
-
-    @field_validator("losses")
-    @classmethod
-    def _weights(cls, losses: Mapping[str, float]) -> Mapping[str, float]:
-        for name, weight in losses.items():
-            if weight < 0:
-                raise ValueError(f"losses.{name} is {weight}; a weight is 0 or more")
-        return losses
 
     @model_validator(mode="after")
     def _consistent(self) -> Stage:

@@ -278,6 +278,8 @@ def test_the_schema_takes_every_manifest_and_refuses_what_no_manifest_has():
     told = " ".join(error.message for error in judge.iter_errors(wrong))
     assert all(word in told for word in ("bacth", "dwn", "stepps", "frame", "7"))
     assert {error.message for error in judge.iter_errors(_with(name="A"))}
+    negative = _with(stages={"frames-3": {"losses": {"mse": -1}}})
+    assert not judge.is_valid(negative) and "stages.frames-3.losses.mse: -1: input should be" in _faults(negative)
 
 
 @pytest.mark.parametrize(
