@@ -452,19 +452,22 @@ def _sound(plain: Mapping[str, Any], faults: Sequence[str]) -> tuple[RunManifest
     Fields that a manifest must have are stood in for; an unknown recipe by the one whose name is nearest.
     """
     rest: Any = copy.deepcopy({name: value for name, value in plain.items() if isinstance(name, str)})
-    places = [line.partition(": ")[0] for line in faults]
-    for place in places:
-        node, holder, last = rest, None, ""
-        for key in place.split("."):
+    places: list[str] = []
+    for line in faults:
+        place = line.partition(": ")[0]
+        node, holder, taken = rest, None, [""]
+        keys = [place] if place in rest else place.split(".")
+        for depth, key in enumerate(keys, 1):
             if isinstance(node, dict) and key in node:
-                node, holder, last = node[key], node, key
+                node, holder, taken = node[key], node, keys[:depth]
             elif isinstance(node, list) and key.isdecimal() and int(key) < len(node):
                 node = node[int(key)]
             else:
                 break
         if holder is not None:
-            del holder[last]
-    places = [line.partition(": ")[0] for line in faults if ": no such field" not in line]
+            del holder[taken[-1]]
+        if ": no such field" not in line:
+            places += dict.fromkeys((place, ".".join(taken) or place))
     if "name" in places:
         places.remove("name")
     if "recipe" in places:
@@ -474,7 +477,7 @@ def _sound(plain: Mapping[str, Any], faults: Sequence[str]) -> tuple[RunManifest
     if isinstance(data := rest.get("data"), dict):
         data.setdefault("train", STAND_IN)
     try:
-        manifest = _stood_in({**stand_ins, **rest}, stand_ins)
+        manifest = _stood_in({**stand_ins, **rest}, stand_ins, places)
     except ValidationError:
         return None, places
     if "batch" not in rest:
@@ -482,17 +485,18 @@ def _sound(plain: Mapping[str, Any], faults: Sequence[str]) -> tuple[RunManifest
     return manifest, places
 
 
-def _stood_in(rest: dict[str, Any], stand_ins: Mapping[str, Any]) -> RunManifest:
-    """The manifest without the parts that stay at fault when the fields at fault are gone."""
+def _stood_in(rest: dict[str, Any], stand_ins: Mapping[str, Any], places: list[str]) -> RunManifest:
+    """The manifest without the parts that stay at fault when the fields at fault are gone, which join ``places``."""
     try:
         return RunManifest.model_validate(rest)
     except ValidationError as error:
         for fault in error.errors(include_url=False):
-            part, *below = fault["loc"] or [""]
+            part, *below = map(str, fault["loc"] or [""])
             if part == "data" and below[:1] == ["train"]:
-                rest["data"] = {**rest["data"], "train": STAND_IN}
+                part, rest["data"] = "data.train", {**rest["data"], "train": STAND_IN}
             else:
-                rest.pop(str(part), None)
+                rest.pop(part, None)
+            places.append(part)
     return RunManifest.model_validate({**stand_ins, **rest})
 
 

@@ -111,6 +111,7 @@ TOLD = ("failure.grace_seconds: 2: a run leaves", "data.eval: a/ is also trained
         ({"model": {"down": 9}, "stages": {"frames-3": {"clip": {"sizes": [[8, 8]]}}}}, "model.down: 9", None),
         ({"a": 1, "gpus": 2, "grace_seconds": 3}, "a: no such field", None),
         ({"seed": True}, "seed: true: a number belongs here", None),
+        ({"data.train": "b"}, "data.train: no such field", None),
         ({"seed": True, "a": 1}, "seed: true: a number belongs here", None),
     ],
 )
@@ -125,6 +126,14 @@ def test_no_fault_hides_another(change, fault, void):
     with pytest.raises(InputError):
         manifests.validate(plain, "m", judge=lambda sound: judged.append(sound) or ["the target's: 1"])
     assert len(judged) == 1
+
+
+def test_what_is_left_out_of_the_judging_is_told_once():
+    """A part without what it must have is as good as not there, and so is what its target would say of that."""
+    plain = _with(kubernetes={"imag": "moviola"}, failure={"grace_seconds": 2})
+    with pytest.raises(InputError) as caught:
+        manifests.validate(plain, "m", judge=lambda sound: ["kubernetes: missing"] if sound.kubernetes is None else [])
+    assert "3 faults" in str(caught.value) and "kubernetes.image: missing" in str(caught.value)
 
 
 def test_all_faults_of_a_stage_come_at_once():
