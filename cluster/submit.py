@@ -64,6 +64,8 @@ def submit(manifest: RunManifest, runs_url: str, target: str) -> Submitted:
     is running, the name is taken by another manifest, or the target refuses.
     """
     known(target)
+    if not [*_places(manifest, runs_url, target), *folder.data_faults(manifest)] and unwritable(runs_url) is None:
+        _refuse_taken(manifest, runs_url)  # before the seconds of a dry run
     faults = list(judge(manifest, runs_url, target))
     try:
         client = connect(target, manifest)
@@ -74,14 +76,7 @@ def submit(manifest: RunManifest, runs_url: str, target: str) -> Submitted:
     if faults:
         listing = "\n  ".join(dict.fromkeys(faults))
         raise InputError(f"{manifest.name} can't run on {target}:\n  {listing}", status=2)
-    if folder.load(folder.url_of(runs_url, manifest.name), missing_ok=True) is not None:
-        _, run_url = folder.same(manifest, runs_url)
-        state = refresh(run_url)
-        if state.state in ("running", "waiting") or (state.state == "silent" and _held(run_url)):
-            raise InputError(
-                f"run {manifest.name} is {state.state} already (attempt {state.attempt}). "
-                f"`moviola logs {manifest.name} -f` follows it; to move it, `moviola stop {manifest.name}` first"
-            )
+    _refuse_taken(manifest, runs_url)
     job = f"{manifest.name}-{secrets.token_hex(3)}"
     launch = {"cluster": target, "job": job}
     if target == "kubernetes":
@@ -104,6 +99,19 @@ def submit(manifest: RunManifest, runs_url: str, target: str) -> Submitted:
         note(run_url, "failed", message=str(error))
         raise
     return Submitted(claimed.name, run_url, target, job, warning)
+
+
+def _refuse_taken(manifest: RunManifest, runs_url: str) -> None:
+    """Raises InputError where the name is another manifest's, or its run is under way."""
+    if folder.load(folder.url_of(runs_url, manifest.name), missing_ok=True) is None:
+        return
+    _, run_url = folder.same(manifest, runs_url)
+    state = refresh(run_url)
+    if state.state in ("running", "waiting") or (state.state == "silent" and _held(run_url)):
+        raise InputError(
+            f"run {manifest.name} is {state.state} already (attempt {state.attempt}). "
+            f"`moviola logs {manifest.name} -f` follows it; to move it, `moviola stop {manifest.name}` first"
+        )
 
 
 def connect(target: str, manifest: RunManifest) -> Any:

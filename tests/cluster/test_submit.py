@@ -216,9 +216,11 @@ def test_states_and_story_of_a_run_that_a_cluster_has(plain, tmp_path, monkeypat
     monkeypatch.setattr(runs, "SILENT_SECONDS", -1.0)
     state = submit.refresh(run_url)
     assert (state.state, state.cluster) == ("waiting", "http://127.0.0.1:1"), "a queue may be long"
+    monkeypatch.setattr(submit.plan, "dry_run", lambda manifest: pytest.fail("it is refused before the dry run"))
     with pytest.raises(InputError, match="run small is waiting already"):
-        monkeypatch.setattr(submit, "connect", lambda target, manifest: None)
         submit.submit(manifest_of(plain), str(tmp_path), "local")
+    with pytest.raises(InputError, match="seed: 0 -> 9"):
+        submit.submit(manifest_of(plain, seed=9), str(tmp_path), "local")
     monkeypatch.setattr(submit, "_said", lambda launch: ("failed", "no image"))
     assert submit.refresh(run_url).failure == "http://127.0.0.1:1: job small-0a1b2c: no image"
     note(run_url, "launch", **launch)
