@@ -551,13 +551,16 @@ def _groups(
 
 def _remuxed(stream: av.VideoStream, packets: list[av.Packet], origin: float, moved: dict[float, float]) -> Piece:
     buffer = io.BytesIO()
-    base, offset = float(stream.time_base), min(packet.dts for packet in packets if packet.dts is not None)
-    times = sorted(packet.pts * base - origin for packet in packets)
+    base, shown = float(stream.time_base), sorted(packet.pts for packet in packets)
+    times = [at * base - origin for at in shown]
+    # When to decode each, counted from the first: Matroska does not say.
+    late = max(at - packet.pts for at, packet in zip(shown, packets, strict=True))
+    decoded = [at - shown[0] for at in shown]
     with av.open(buffer, "w", format="mp4") as container:
-        copy = container.add_stream_from_template(stream)
-        for packet in packets:
+        copy = container.add_stream_from_template(stream, opaque=True)  # else it asks for an encoder of that name
+        for packet, at in zip(packets, decoded, strict=True):
             packet.stream = copy
-            packet.pts, packet.dts = packet.pts - offset, packet.dts - offset
+            packet.pts, packet.dts = packet.pts - shown[0] + late, at
             container.mux(packet)
     fps = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else float(stream.average_rate or 25)
     within = [change for at, change in moved.items() if times[0] + base < at <= times[-1] + base]

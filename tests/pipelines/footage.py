@@ -27,7 +27,7 @@ def write(
     muxing = {"movflags": "faststart"} if faststart else {}
     with av.open(str(path), "w", options=muxing) as container:
         stream = container.add_stream(
-            codec, rate=Fraction(fps), options=options or {"crf": "8"} if "264" in codec else {}
+            codec, rate=Fraction(fps), options=options or ({"crf": "8"} if "264" in codec else {})
         )
         _, stream.height, stream.width, _ = frames_THW3.shape
         stream.pix_fmt = "yuv420p" if not (stream.height % 2 or stream.width % 2) else "yuv444p"

@@ -213,6 +213,22 @@ def test_copied_clips_are_the_source_to_the_last_bit(tmp_path):
     assert sum(piece.info["frames"] for piece in pieces(inside, encode="copy")) < 66, "groups with a cut are left out"
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("a.mkv", "libx264", {"g": "12", "bf": "2"}),  # Matroska says when to show frames, not when to decode them
+        ("a.ts", "libx264", {"g": "12"}),
+        ("a.avi", "mpeg4", {"g": "12"}),
+        ("a.mp4", "libsvtav1", {"g": "12"}),
+    ],
+)
+def test_streams_of_every_make_are_copied(tmp_path, name, codec, options):
+    video = write(tmp_path / name, scene(0, 36), codec=codec, options=options)
+    found = pieces(video, encode="copy", frames=12, cuts=False, least_frames=8)
+    joined = np.concatenate([read(piece.data) for piece in found])
+    assert len(found) >= 3 and np.array_equal(joined, read(video))
+
+
 def test_copying_refuses_what_it_can_not_keep(tmp_path):
     assert skipped(write(tmp_path / "turned.mp4", scene(0, 8), rotate=90), encode="copy").reason == "rotated"
     assert skipped(write(tmp_path / "old.webm", scene(0, 8), codec="libvpx"), encode="copy").reason == "codec"
