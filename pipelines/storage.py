@@ -10,6 +10,7 @@ read_versioned(url) -> (bytes, Version) | None; swap(url, data, expected) -> Ver
 put_if_absent(url, data) -> bool
 exists, size, list_dir -> [Entry(name, bytes, is_dir)], list_below(url), delete(url, recursive=False), join(url, *parts)
 redact(text)                                            without keys and secrets
+drop_uploads(url)                                       what killed processes left unfinished below a folder
 pause(reason, attempt)                                  before bytes with a wrong digest are read again
 
 A reader sees the old object or the new one, never a part: local files are written beside their place, synced and
@@ -345,6 +346,14 @@ def _below(url: str, prefix: str, above: frozenset[str]) -> Iterator[Entry]:
             yield Entry(name, entry.bytes, False)
         elif not entry.name.startswith("."):
             yield from _below(url, name, above | {real})
+
+
+def drop_uploads(url: str) -> None:
+    """Removes the parts of uploads into the folder that were begun and not completed: nobody sees them, and a store
+    charges for them until someone does. Where that may not be asked, they stay.
+    """
+    if is_remote(url):
+        _s3().drop_uploads(url)
 
 
 def delete(
@@ -985,6 +994,18 @@ class _S3:
 
         with contextlib.suppress(Missing, _Refused):
             self._run("delete", url, remove, len(names) * 4096)
+
+    def drop_uploads(self, url: str) -> None:
+        bucket, key = _split(url)
+
+        async def drop(client: Any) -> None:
+            answer = await client.list_multipart_uploads(Bucket=bucket, Prefix=key.rstrip("/") + "/")
+            for upload in answer.get("Uploads", ()):
+                await client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+            counters.request()
+
+        with contextlib.suppress(InputError):
+            self._run("look for unfinished uploads to", url, drop)
 
     def _run(self, action: str, url: str, request: Callable[[Any], Awaitable[Any]], length: int = 0) -> Any:
         """Runs ``request`` with s3fs's client until it succeeds or the policy is spent."""

@@ -30,7 +30,8 @@ On storage, ``RUN/checkpoints/step-00000500/``; N is the attempt, so that two at
     lease.json                  (in RUN) a swap makes the step count: here the checkpoint is committed, or fenced off
     manifest.json, COMMITTED    what readers look for; COMMITTED holds the digest of manifest.json
 
-Digests are of 4 MiB blocks: a rank that needs a part of a file reads and verifies the blocks that hold it, no more.
+Digests are of 4 MiB blocks: a rank that needs a part of a file reads and verifies the blocks that hold it, no more. The
+headers, of which every rank reads all, have digests of their own.
 """
 
 from __future__ import annotations
@@ -355,7 +356,7 @@ def _poll(done: Callable[[], bool], deadline: float, late: Callable[[], Exceptio
 
 
 def _write_tensors(url: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Writes a safetensors file; its size and the digests of its blocks."""
+    """Writes a safetensors file; its size and the digests of its blocks and of its header."""
     ordered = sorted(tensors, key=lambda key: -tensors[key].element_size())
     header, at = {}, 0
     for key in ordered:
@@ -368,13 +369,14 @@ def _write_tensors(url: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         at += _size(tensor)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    head = struct.pack("<Q", len(text)) + text
     with storage.writer(url) as stream:
         blocks = _Blocks(stream)
-        blocks.write(memoryview(struct.pack("<Q", len(text)) + text))
+        blocks.write(memoryview(head))
         for key in ordered:
             if tensors[key].numel():
                 blocks.write(memoryview(tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy()))
-        return blocks.finish()
+        return {**blocks.finish(), "header": {"bytes": len(head), "digest": _digest(head)}}
 
 
 def _write_blob(url: str, value: Any) -> dict[str, Any]:
@@ -471,19 +473,19 @@ class Checkpoint:
         """The tensors that were saved outside any engine."""
         return self._named("tensors/", 0)
 
-    def verify(self) -> None:
-        """Reads everything; raises Damaged."""
-        for name in self.manifest["files"]:
-            self.read(name)
+    def verify(self, rank: int = 0, world: int = 1) -> None:
+        """Reads everything, of several ranks each its share; raises Damaged."""
+        blocks = [
+            (name, block) for name, file in self.manifest["files"].items() for block in range(len(file["blocks"]))
+        ]
+        share = blocks[rank::world]
+        with ThreadPoolExecutor(READERS) as pool:
+            for _ in pool.map(lambda part: len(self._blocks(part[0], range(part[1], part[1] + 1))), share):
+                pass
 
     def read(self, name: str) -> bytes:
         """A whole file, verified."""
-        listed = self._listed(name)
-        data = self._bytes(name, 0, listed["bytes"]) if listed["bytes"] else b""
-        for index, block in enumerate(listed["blocks"]):
-            if _digest(data[index * BLOCK : (index + 1) * BLOCK]) != block:
-                raise Damaged(f"{storage.redact(self.url)} is damaged: {name} is not what was written (block {index})")
-        return data
+        return self._blocks(name, range(len(self._listed(name)["blocks"])))
 
     def fill(self, wanted: Iterable[tuple[str, str, int, memoryview]]) -> None:
         """Reads (file, tensor key, byte offset in the tensor, destination), as few bytes as the blocks allow."""
@@ -538,14 +540,21 @@ class Checkpoint:
         """By file and tensor key: first byte, bytes, dtype and shape, from the files' headers."""
 
         def header(file: str) -> dict[str, tuple[int, int, str, list[int]]]:
-            start = self._blocks(file, range(1))
-            (length,) = struct.unpack("<Q", start[:8])
-            if 8 + length > len(start):
-                start += self._blocks(file, range(1, -(-(8 + length) // BLOCK)))
-            entries = json.loads(start[8 : 8 + length])
+            listed = self._listed(file)
+            if "header" in listed:
+                head = self._bytes(file, 0, listed["header"]["bytes"])
+                if _digest(head) != listed["header"]["digest"]:
+                    raise Damaged(f"{storage.redact(self.url)} is damaged: {file} is not what was written (header)")
+            else:  # written before headers had digests of their own
+                head = self._blocks(file, range(1))
+                length = 8 + struct.unpack("<Q", head[:8])[0]
+                if length > len(head):
+                    head += self._blocks(file, range(1, -(-length // BLOCK)))
+                head = head[:length]
+            entries = json.loads(head[8:])
             return {
                 key: (
-                    8 + length + e["data_offsets"][0],
+                    len(head) + e["data_offsets"][0],
                     e["data_offsets"][1] - e["data_offsets"][0],
                     e["dtype"],
                     e["shape"],
@@ -639,7 +648,8 @@ def candidates(run_url: str, lease: Lease, warn: Warn) -> Iterator[Checkpoint | 
     """What a new attempt may go on from, newest first; None, alone, for a run that has committed nothing.
 
     A collective. Rank 0 first finishes commits that an older attempt registered but did not mark, counts what is whole,
-    warns of what was committed and is gone, and removes what dead attempts left half-written. Taking the next one
+    warns of what was committed and is gone, and of a fence that the storage can't hold, and removes what dead attempts
+    left half-written. Taking the next one
     strikes out the one before it, as damaged. Raises InputError when all are damaged: a run never starts again from
     step 0 by itself.
     """
@@ -692,6 +702,9 @@ def together() -> Iterator[None]:
 
 
 def _take_stock(run_url: str, lease: Lease, warn: Warn) -> list[int]:
+    if lease.weakness:
+        warn(lease.weakness)
+    storage.drop_uploads(storage.join(run_url, "checkpoints"))
     whole = []
     registered = {commit.step: commit for commit in lease.commits()}
     for step in _steps(run_url):

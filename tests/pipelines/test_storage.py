@@ -17,6 +17,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from faulty import Fault, FaultyProxy, point_at
@@ -484,3 +485,24 @@ def test_answers_in_chunks_and_without_a_length(monkeypatch: pytest.MonkeyPatch)
         url = answers(monkeypatch, b"HTTP/1.1 200 x\r\ncontent-length: 3\r\n" + lines)
         with pytest.raises(storage.Unreachable, match=fault):
             storage.read_bytes(url)
+
+
+def test_uploads_that_nobody_completed_are_dropped_with_their_folder(s3_url: str) -> None:
+    bucket, _, _ = s3_url.removeprefix("s3://").partition("/")
+
+    def begun() -> set[str]:
+        async def ask(client: Any) -> set[str]:
+            answer = await client.list_multipart_uploads(Bucket=bucket)
+            return {upload["Key"].rpartition("/")[2] for upload in answer.get("Uploads", ())}
+
+        return storage._s3()._run("list", s3_url, ask) & {"lost", "other"}
+
+    part = bytes(storage.PART_BYTES + 1)
+    for name in ("dead/step-1/lost", "living/other"):
+        storage._MultipartStream(storage._s3(), f"{s3_url}/{name}").write(part)
+    storage.write_bytes(f"{s3_url}/dead/step-1/small", b"whole")
+    assert begun() == {"lost", "other"}
+    storage.drop_uploads(f"{s3_url}/dead")
+    assert begun() == {"other"}
+    assert storage.read_bytes(f"{s3_url}/dead/step-1/small") == b"whole"
+    storage.drop_uploads(f"{s3_url}/nowhere")

@@ -237,16 +237,18 @@ def test_files_are_safetensors(root: str, one: Any) -> None:
 
 def test_rank_reads_its_own_part_and_little_more(root: str, two: Any) -> None:
     reader = Checkpoint(f"{root}/two-zero1/checkpoints/step-00000010")
-    sizes = {name: listed["bytes"] for name, listed in reader.manifest["files"].items()}
+    other, mine = (reader.manifest["files"][f"rank-0000{rank}.a1.safetensors"] for rank in (0, 1))
+    before = storage.counters.snapshot()["bytes_read"]
     own = [
         Piece("weight", key.removeprefix("model/weight/"), start, torch.empty(numel))
         for key, pieces in reader._index.items()
         for start, numel, file, _ in pieces
         if key.startswith("model/weight/") and file.startswith("rank-00001")
     ]
-    before = storage.counters.snapshot()["bytes_read"]
     reader["model"].fill(own)
-    assert storage.counters.snapshot()["bytes_read"] - before == sizes["rank-00001.a1.safetensors"]
+    headers = mine["header"]["bytes"] + other["header"]["bytes"]
+    assert storage.counters.snapshot()["bytes_read"] - before == mine["bytes"] + headers
+    assert other["header"]["bytes"] < other["bytes"] / 2
 
 
 # -- one process, an engine of plain tensors ----------------------------------------------------------------------
@@ -452,6 +454,8 @@ def test_storage_without_conditional_writes_fences_less_and_says_so(
     with pytest.raises(Fenced):
         old.register(2, "b", keep=3)
     assert [path.name for path in Path(run_url).iterdir()] == ["lease.json"]
+    (told,) = resume(f"{run_url}-fresh")[2]
+    assert told.startswith(f"{run_url}-fresh is on storage without conditional writes"), "the run's log says it"
 
 
 def test_racing_attempts_get_different_numbers(run_url: str) -> None:
