@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import time
 from collections.abc import Iterable, Mapping
@@ -14,7 +15,7 @@ from trainer import checkpoint
 from trainer.manifest import RunManifest
 from trainer.metrics import seconds_left
 from trainer.run import load
-from trainer.telemetry import goodput, heard_last, newest_ledger, read_lines
+from trainer.telemetry import goodput, heard_last, newest_ledger, of_earlier_commands, read_lines
 
 State = Literal["new", "waiting", "running", "stopped", "done", "failed", "silent"]
 """``waiting``: a cluster has it and has not begun; ``silent``: its process is gone, or, where that can't be seen from
@@ -94,6 +95,8 @@ def status(run_url: str, run: RunManifest | None = None) -> Status:
             living = lives(happened)
             if living is False or (living is None and time.time() - heard > SILENT_SECONDS):
                 state = "silent"
+    over = [{"event": "launch", "time": math.inf}] if state in ("stopped", "failed", "silent") else []
+    accounted = of_earlier_commands(ledger, [*happened, *over])
     deaths = [e for e in happened if e["event"] == "restart"]
     causes: dict[str, int] = {}
     for death in deaths:
@@ -120,8 +123,8 @@ def status(run_url: str, run: RunManifest | None = None) -> Status:
         last_commit_step=checkpoint.newest_step(run_url),
         restarts=len(deaths),
         causes=causes,
-        goodput=goodput(ledger) if ledger else None,
-        ledger={**ledger["seconds"], "uncommitted": ledger["uncommitted"]} if ledger else {},
+        goodput=goodput(accounted) if accounted else None,
+        ledger={**accounted["seconds"], "uncommitted": accounted["uncommitted"]} if accounted else {},
         failure=ends[-1].get("message") if state == "failed" else None,
     )
 

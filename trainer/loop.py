@@ -35,7 +35,7 @@ from trainer.heartbeat import STEP, Heartbeat
 from trainer.manifest import LEAVE_SECONDS, RunManifest
 from trainer.run import Outcome, is_done, models_of
 from trainer.signals import Signals
-from trainer.telemetry import Ledger, Telemetry, heard_last, newest_ledger, read_lines, surviving
+from trainer.telemetry import Ledger, Telemetry, heard_last, newest_ledger, of_earlier_commands, read_lines, surviving
 
 
 class _Interrupted(Exception):
@@ -351,16 +351,14 @@ class _Past:
         events = read_lines(storage.join(run_url, "events.jsonl"))
         launches = [event["time"] for event in events if event["event"] == "launch"]
         last = newest_ledger((*lines, *events, heard_last(run_url, events) or {}))
-        if last is None and launches:  # commands that died before they trained a step
-            begun = min(launches)
-            last = {"start": begun, "time": begun, "seconds": {}, "uncommitted": 0.0, "stopped": True}
+        last = of_earlier_commands(last, events)
         restarts = [event["time"] for event in events if event["event"] in ("restart", "resize")]
         newest = max(lines, key=lambda line: (line["attempt"], line["time"]), default={})
         return cls(last, max(launches, default=None), restarts, newest.get("counters", {}), met)
 
     def go_on(self, saved: checkpoint.Checkpoint | None) -> Ledger:
         """The run's ledger, for an attempt that goes on from the checkpoint."""
-        last = surviving(self.ledger, saved.state["ledger"]) if saved else self.ledger
+        last = surviving(self.ledger, saved.state["ledger"], saved.step) if saved else self.ledger
         since = [then for then in self.restarts if last and then > last["time"]]
         return Ledger(last, launched=self.launched, restarted=min(since, default=None), met=self.met)
 

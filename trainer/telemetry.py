@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -40,7 +41,8 @@ class Ledger:
 
     Exactly one cause is running at any time, so the seconds add up to wall time by construction. Seconds of training
     steps wait as *uncommitted* until a checkpoint holds the step; then they count as productive, or as lost when the
-    attempt dies first. So no counter ever falls, across restarts too.
+    attempt dies first. A step counts as productive once: where a checkpoint was damaged, training its steps again is
+    lost work. So no counter ever falls, across restarts too.
 
     Recovery has four parts: ``detect`` from the last that was heard of the dead attempt until its death was known,
     ``schedule`` until the next attempt's processes have met, ``load`` until the checkpoint is restored,
@@ -64,6 +66,7 @@ class Ledger:
         self._clock = clock
         self.seconds: dict[str, float] = dict.fromkeys(CAUSES, 0.0)
         self._pending: deque[tuple[int, float]] = deque()
+        self._kept = int(previous.get("kept", 0)) if previous else 0
         now = clock()
         begun = min(now, launched) if launched is not None else now
         if previous is None:
@@ -113,7 +116,9 @@ class Ledger:
     def commit(self, step: int) -> None:
         """A checkpoint now holds every step before ``step``: their seconds are productive."""
         while self._pending and self._pending[0][0] < step:
-            self.seconds["productive"] += self._pending.popleft()[1]
+            trained, seconds = self._pending.popleft()
+            self.seconds["productive" if trained >= self._kept else "lost"] += seconds
+        self._kept = max(self._kept, step)
 
     def _settle(self) -> None:
         now = self._clock()
@@ -132,11 +137,11 @@ class Ledger:
         now = self._clock()
         running = now - self._mark
         state = {"start": self.start, "time": now, "seconds": dict(self.seconds)}
-        return {**state, "uncommitted": self.uncommitted + running, "stopped": stopped}
+        return {**state, "uncommitted": self.uncommitted + running, "kept": self._kept, "stopped": stopped}
 
 
-def surviving(last: Mapping[str, Any] | None, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The run's last known ledger, where training goes on from a checkpoint that holds the state ``saved``.
+def surviving(last: Mapping[str, Any] | None, saved: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """The run's last known ledger, where training goes on from the checkpoint of ``step``, which holds ``saved``.
 
     Steps that the checkpoint holds are no lost work, also where the attempt died before it could say that they were
     committed. Where the logs are gone, or older than the checkpoint, its own counters are the last known.
@@ -147,7 +152,29 @@ def surviving(last: Mapping[str, Any] | None, saved: Mapping[str, Any]) -> dict[
     productive = last["seconds"].get("productive", 0.0)
     kept = min(max(0.0, known - productive), last["uncommitted"])
     seconds = {**last["seconds"], "productive": productive + kept}
-    return {**last, "seconds": seconds, "uncommitted": last["uncommitted"] - kept}
+    whole = max(last.get("kept", 0), step)
+    return {**last, "seconds": seconds, "uncommitted": last["uncommitted"] - kept, "kept": whole}
+
+
+def of_earlier_commands(
+    last: Mapping[str, Any] | None, events: Sequence[Mapping[str, Any]]
+) -> Mapping[str, Any] | None:
+    """The last known ledger with the time of the commands before the newest one that ``last`` says nothing of: those
+    that failed as they started, or while an attempt was to be replaced. What was heard of them is in ``events``.
+    """
+    launches = [event["time"] for event in events if event["event"] == "launch"]
+    if last is None and launches:
+        last = {"start": launches[0], "time": launches[0], "seconds": {}, "uncommitted": 0.0, "stopped": True}
+    for launched, following in pairwise(launches):
+        heard = [e for e in events if max(launched, last["time"]) < e["time"] < following]
+        if heard and (launched >= last["time"] or not last.get("stopped")):
+            end = heard[-1]["time"]
+            known = [event["time"] for event in heard if event["event"] in ("restart", "resize")]
+            ledger = Ledger(
+                last, launched=launched, restarted=min(known, default=None), met=end, clock=lambda end=end: end
+            )
+            last = ledger.state(stopped=True)
+    return last
 
 
 def newest_ledger(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:

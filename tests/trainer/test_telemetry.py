@@ -24,6 +24,7 @@ from trainer.telemetry import (
     goodput,
     heard_last,
     newest_ledger,
+    of_earlier_commands,
     read_lines,
     surviving,
 )
@@ -101,16 +102,39 @@ def test_steps_that_a_checkpoint_holds_are_not_lost_whoever_knew_of_the_commit()
     steps(4, 6)
     dead = ledger.state()
     assert (dead["seconds"]["productive"], dead["uncommitted"]) == (0, 18)
-    seconds = Ledger(surviving(dead, saved), clock=clock).state()["seconds"]
+    seconds = Ledger(surviving(dead, saved, 4), clock=clock).state()["seconds"]
     assert (seconds["productive"], seconds["lost"]) == (12, 6)
     ledger.commit(5)
     known = ledger.state()
-    assert surviving(known, saved) == known, "of what was known to be committed, nothing counts twice"
+    assert surviving(known, saved, 4) == known, "of what was known to be committed, nothing counts twice"
     for logs in (None, {**dead, "time": saved["time"] - 1}):
         clock.now += 5
-        state = Ledger(surviving(logs, saved), launched=clock.now - 1, clock=clock).state()
+        state = Ledger(surviving(logs, saved, 4), launched=clock.now - 1, clock=clock).state()
         assert state["seconds"]["productive"] == 12 and state["seconds"]["lost"] == 0
         assert sum(state["seconds"].values()) == clock.now - state["start"], "the checkpoint's counters serve"
+
+
+def test_a_step_that_is_trained_again_because_its_checkpoint_was_damaged_is_no_second_time_productive():
+    clock = Clock()
+    ledger = Ledger(launched=clock.now, clock=clock)
+
+    def steps(ledger, first, last):
+        for step in range(first, last):
+            ledger.enter("productive")
+            clock.now += 3
+            ledger.trained(step)
+        return ledger.state()
+
+    saved = steps(ledger, 0, 4)
+    steps(ledger, 4, 8)
+    ledger.commit(8)
+    dead = steps(ledger, 8, 9)
+    again = Ledger(surviving(dead, saved, 4), clock=clock)
+    steps(again, 4, 10)
+    again.commit(10)
+    seconds = again.state()["seconds"]
+    assert (seconds["productive"], seconds["lost"]) == (30, 3 + 12), "steps 0 to 9 once; step 8, and 4 to 7 again"
+    assert sum(seconds.values()) == clock.now - 1000
 
 
 def test_a_state_in_the_middle_of_a_step_adds_up():
@@ -137,8 +161,34 @@ def test_what_died_before_its_first_step_is_accounted_for_too(tmp_path):
     note("restart", 80)
     assert loop._Past.read(str(tmp_path)).go_on(None).state()["seconds"]["startup"] == pytest.approx(100, abs=1)
     note("launch", 30)
+    note("failed", 22)
+    note("launch", 10)
     seconds = loop._Past.read(str(tmp_path)).go_on(None).state()["seconds"]
-    assert (seconds["idle"], seconds["startup"]) == (pytest.approx(70, abs=1), pytest.approx(30, abs=1))
+    assert (seconds["idle"], seconds["startup"]) == (pytest.approx(50 + 12, abs=1), pytest.approx(20 + 8 + 10, abs=1))
+
+
+def test_a_command_that_gave_up_between_two_attempts_was_recovering_and_not_idle(tmp_path):
+    began = time.time() - 100
+    ledger = {"start": began, "time": began + 20, "seconds": {"productive": 15.0}, "uncommitted": 5.0, "stopped": False}
+    events = [
+        {"time": began, "event": "launch", "attempt": 0},
+        {"time": began + 20, "event": "commit", "attempt": 1, "ledger": ledger},
+        {"time": began + 22, "event": "restart", "attempt": 0},
+        {"time": began + 30, "event": "failed", "attempt": 0},
+        {"time": began + 90, "event": "launch", "attempt": 0},
+    ]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    state = loop._Past.read(str(tmp_path)).go_on(None).state()
+    seconds = state["seconds"]
+    assert (seconds["recovery_detect"], seconds["recovery_schedule"], seconds["idle"]) == (2, 8, 60)
+    assert seconds["startup"] == pytest.approx(10, abs=1) and seconds["lost"] == 5
+    assert sum(seconds.values()) == pytest.approx(state["time"] - began, abs=1e-6)
+
+
+def test_a_state_of_a_run_that_ended_in_order_is_left_as_it_is():
+    done = {"start": 0.0, "time": 50.0, "seconds": {"productive": 50.0}, "uncommitted": 0.0, "stopped": True}
+    events = [{"time": then, "event": kind} for then, kind in ((0, "launch"), (55, "serving"), (90, "launch"))]
+    assert of_earlier_commands(done, events) == done
 
 
 def test_steps_after_the_last_logged_one_are_lost_with_the_attempt_and_no_time_of_detecting_its_death(run):
