@@ -55,8 +55,10 @@ def connected_ray(manifest: RunManifest) -> Iterator[str]:
     if not manifest.workers.gpus:
         worker["DS_ACCELERATOR"] = "cpu"
     joins = bool(os.environ.get("RAY_ADDRESS"))
-    # A worker whose machine does not answer is as lost as one that hangs.
-    train = {"RAY_TRAIN_V2_ENABLED": "1", "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{manifest.failure.hang_seconds}"}
+    # A worker whose machine does not answer is as lost as one that hangs. The ranks that wait for it speak first: they
+    # know who waited for whom.
+    silent = 2 * manifest.failure.hang_seconds
+    train = {"RAY_TRAIN_V2_ENABLED": "1", "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{silent}"}
     # Ray reads the environment when it is imported.
     with _defaults({**train, **({} if joins else RAY_DEFAULTS | worker)}):
         import ray._private.worker
@@ -104,15 +106,16 @@ def _embedded_ray(manifest: RunManifest) -> Iterator[str]:
     root = tempfile.gettempdir()
     with _folder(root if len(root) < 32 else "/tmp") as folder:  # sockets with longer paths are refused
         try:
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, int(needed + 0.999)),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=False,
-                _temp_dir=folder,
-            )
+            with _deaf():
+                ray.init(
+                    address="local",
+                    num_cpus=max(os.cpu_count() or 1, int(needed + 0.999)),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    configure_logging=False,
+                    _temp_dir=folder,
+                )
         except Exception as error:
             ray.shutdown()
             if type(error) not in (Exception, RuntimeError):  # what Ray raises where its processes don't come up
@@ -125,6 +128,18 @@ def _embedded_ray(manifest: RunManifest) -> Iterator[str]:
             yield folder
         finally:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """What is started in the block, and what that starts, hears no SIGTERM: one that a whole group of processes gets
+    (from timeout, systemd, Slurm) is the command's to answer, and its workers are needed for a checkpoint.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
@@ -214,10 +229,10 @@ def foreground(
 ) -> Outcome:
     """Trains on an embedded Ray and shows progress; the first Ctrl-C or SIGTERM asks for a committed checkpoint.
 
-    A run whose last step is committed is done at once. ``watch`` is called with the new events and the new metrics a
-    few times a second. ``asked`` holds the signals that came while the run was made ready; what is asked to stop before
-    an attempt has begun leaves everything as it was. Returns ``done`` or ``stopped``; raises InputError when the run
-    failed for a reason that the user can mend, Ray Train's error otherwise.
+    A run whose last step is committed is done at once. ``watch`` is called with the new events
+    and the new metrics a few times a second. ``asked`` holds the signals that came while the run was made ready; what
+    is asked to stop while no attempt trains ends at once and leaves everything as it was. Returns ``done`` or
+    ``stopped``; raises InputError when the run failed for a reason that the user can mend, Ray Train's error otherwise.
     """
     if is_done(manifest, run_url):
         note(run_url, "done", step=manifest.schedule.steps)
@@ -232,7 +247,7 @@ def foreground(
         signals.append(number)
         if len(signals) == 1:
             how = "stopping after this step, with a committed checkpoint …"
-            if not attempts:
+            if not training:
                 how = "stopping before a worker has begun …"
             console.print(f"{signal.Signals(number).name}: {how}")
             runs.ask_to_stop(run_url, signal.Signals(number).name)
@@ -246,6 +261,9 @@ def foreground(
     outcome: list[Outcome] = []
     failure: list[BaseException] = []
     attempts: set[int] = set()
+    early: list[dict[str, Any]] = []
+    """What attempts said before their start event, which says whose they are."""
+    training = False
     scratch = ""
 
     def run() -> None:
@@ -254,11 +272,17 @@ def foreground(
         except BaseException as error:
             failure.append(error)
 
-    def ours(event: dict[str, Any]) -> bool:
-        """Whether it happened to this launch: another one may have taken the run over, and writes to the same logs."""
-        if event["event"] == "start" and event.get("launch") == launch:
-            attempts.add(event["attempt"])
-        return event["attempt"] in attempts or event["event"] in ("restart", "resize")
+    def ours(new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What happened to this launch: another one may have taken the run over, and writes to the same logs."""
+        nonlocal training
+        attempts.update(e["attempt"] for e in new if e["event"] == "start" and e.get("launch") == launch)
+        known = [*early, *new]
+        mine = [e for e in known if e["attempt"] in attempts or e["event"] in ("restart", "resize")]
+        early[:] = [e for e in known if e["attempt"] > max(attempts, default=0)]
+        for event in mine:
+            if event["event"] in ("start", "restart", "resize"):
+                training = event["event"] == "start"
+        return mine
 
     thread = threading.Thread(target=run, name="ray-train", daemon=True)
 
@@ -280,8 +304,8 @@ def foreground(
                 alive = thread.is_alive()
                 all_events, all_lines = events.new(), metrics.new()
                 service.take(all_events, all_lines)
-                happened = [event for event in all_events if ours(event)]
-                if signals and not attempts:
+                happened = ours(all_events)
+                if signals and alive and not training:  # nothing that is not committed can be saved
                     raise SystemExit
                 logged = [line for line in all_lines if line["attempt"] in attempts]
                 show(happened, logged)
@@ -295,7 +319,7 @@ def foreground(
             raise fault
         return outcome[0]
     except (SystemExit, InputError) as error:
-        if isinstance(error, InputError) and not (signals and not attempts):
+        if isinstance(error, InputError) and not (signals and not training):
             if thread.ident is None:  # Ray did not start
                 note(run_url, "failed", message=storage.redact(str(error)))
             raise
@@ -312,7 +336,7 @@ def foreground(
 
 def _fault(error: BaseException, manifest: RunManifest, run_url: str) -> BaseException:
     """What a user is told of Ray Train's last error: an InputError, but for an error of ours, which stays as it is."""
-    from cluster.recorder import brief, cause
+    from cluster.recorder import brief, cause, decisive
 
     inner = getattr(error, "controller_failure", error)
     if isinstance(inner, InputError):
@@ -320,13 +344,16 @@ def _fault(error: BaseException, manifest: RunManifest, run_url: str) -> BaseExc
     deaths = getattr(inner, "worker_failures", {})
     if all(cause(death) == "error" for death in deaths.values()):
         return error
-    rank, death = min(deaths.items())
+    rank, death = decisive(deaths)
     committed = checkpoint.newest_step(run_url)
     kept = f"the checkpoint of step {committed} is committed" if committed else "no checkpoint is committed yet"
+    remedy = "Out of memory is the usual cause (dmesg knows): lower batch, micro_batch or data.memory_mb"
+    if cause(death) == "hung":
+        remedy = "Its machine and its log know more; failure.hang_seconds says how long a rank may wait"
     return InputError(
         f"run {manifest.name} lost workers more often than failure.max_failures: {manifest.failure.max_failures} "
-        f"allows; the last was worker {rank}: {brief(death)}. Out of memory is the usual cause (dmesg knows): lower "
-        f"batch, micro_batch or data.memory_mb. {kept}, and the same command goes on from there."
+        f"allows; the last was worker {rank}: {brief(death).rstrip('.')}. {remedy}. {kept}, and the same command "
+        "goes on from there."
     )
 
 

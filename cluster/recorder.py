@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -20,6 +21,8 @@ from pipelines.faults import InputError
 
 DEATHS = ("ActorDied", "ActorUnavailable", "is unavailable", "died unexpectedly", "WorkerCrashed", "SIGKILL")
 """In what Ray says of a process that is no more, or of one on a machine that does not answer."""
+HANGS = ("PeerLost", "WorkerHealthCheckTimeout")
+"""Errors of a rank that waited in vain for another, and of one that answers nobody."""
 
 
 class Recorder(ControllerCallback, WorkerGroupCallback):
@@ -79,8 +82,18 @@ def why(error: BaseException) -> dict[str, Any]:
         info = getattr(error, "preemption_info", None)
         rank = min(info.preempted_ranks, default=None) if info else None
         return {"cause": "preempted" if info else "error", "rank": rank, "message": brief(error)}
-    rank, death = min(deaths.items(), key=lambda item: (cause(item[1]) == "error", item[0]))
+    rank, death = decisive(deaths)
     return {"cause": cause(death), "rank": rank, "message": brief(death)}
+
+
+def decisive(deaths: Mapping[int, Exception]) -> tuple[int, Exception]:
+    """Of the ranks that ended, the one that tells the most: a death before what it did to the others, and one that
+    knows whom it waited for before one that is silent.
+    """
+    order = ("killed", "preempted", "hung", "error")
+    return min(
+        deaths.items(), key=lambda item: (order.index(cause(item[1])), "Timeout" in type(item[1]).__name__, item[0])
+    )
 
 
 def _look_again() -> None:
@@ -91,8 +104,10 @@ def _look_again() -> None:
 
 
 def cause(error: Exception) -> str:
-    """``killed``, ``preempted``, or ``error`` for what the training function itself raised."""
+    """``killed``, ``preempted``, ``hung``, or ``error`` for what the training function itself raised."""
     text = f"{type(error).__name__} {error}"
+    if any(name in type(error).__name__ for name in HANGS):
+        return "hung"
     if "Preempt" in text or getattr(error, "preempted", False):
         return "preempted"
     if any(word in text for word in DEATHS):
@@ -102,5 +117,7 @@ def cause(error: Exception) -> str:
 
 def brief(error: BaseException) -> str:
     """The last line of an error, without secrets."""
+    if type(error).__name__ == "WorkerHealthCheckTimeoutError":  # Ray's last line names a variable of its own
+        return "it answers nobody: stopped, or on a machine that is cut off."
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return storage.redact(lines[-1][:500] if lines else type(error).__name__)

@@ -82,7 +82,8 @@ def _listen(signals: Signals, grace: float) -> None:
 
 
 def _again(run_url: str, error: Exception) -> bool:
-    """Files the error as an event; True where the attempt before ended with the same one. A dead peer doesn't count."""
+    """Files the error as an event; True where the attempt before ended with the same one. A lost peer doesn't count."""
+    from trainer.heartbeat import PeerLost
     from trainer.telemetry import read_lines
 
     message = storage.redact(f"{type(error).__name__}: {error}")[:2000]
@@ -91,6 +92,7 @@ def _again(run_url: str, error: Exception) -> bool:
     url = storage.join(run_url, "events.jsonl")
     before = [e for e in read_lines(url, tail_bytes=1 << 16) if e["event"] == "error"]
     attempt = max((e["attempt"] for e in read_lines(url) if e["event"] == "start"), default=0)
-    record = {"time": time.time(), "event": "error", "attempt": attempt, "message": message}
+    hung = isinstance(error, PeerLost)
+    record = {"time": time.time(), "event": "hang" if hung else "error", "attempt": attempt, "message": message}
     storage.append_text(url, json.dumps(record) + "\n")
-    return any(e["message"] == message and e["attempt"] == attempt - 1 for e in before)
+    return not hung and any(e["message"] == message and e["attempt"] == attempt - 1 for e in before)

@@ -176,7 +176,7 @@ class RunMetrics(Collector):
         self._launched: float | None = None
         self._state = "new"
         self._diverged = False
-        self._restarts: dict[str, int] = {"killed": 0, "preempted": 0, "error": 0}
+        self._restarts: dict[str, int] = {"killed": 0, "preempted": 0, "hung": 0, "error": 0}
 
     def take(self, events: Iterable[Mapping[str, Any]], lines: Iterable[Mapping[str, Any]]) -> None:
         """Adds what has come to events.jsonl and metrics.jsonl."""

@@ -1,6 +1,7 @@
 """One run through a killed worker, a SIGTERM and to its end, with the command as an operator types it; a take-over."""
 
 import contextlib
+import io
 import json
 import os
 import shlex
@@ -9,22 +10,26 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from ray.train import ControllerError, WorkerGroupError
-from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckTimeoutError
 from ray.train.v2.api.exceptions import PreemptionError
 from ray.train.v2.api.preemption import PreemptionInfo
 from rich.console import Console
 
 from cluster import launch, runs
+from cluster.events import note
 from cluster.recorder import Recorder, why
 from pipelines.faults import InputError
 from trainer import manifest as manifests
 from trainer import run as folder
 from trainer import trace
+from trainer.heartbeat import PeerLost
 from trainer.lease import Fenced, Lease
 
 ROOT = Path(__file__).parents[2]
@@ -177,6 +182,61 @@ def test_a_ray_that_does_not_start_is_a_failure_that_the_status_tells(tmp_path, 
     assert (state.state, state.failure) == ("failed", "Ray did not start")
 
 
+@pytest.fixture
+def staged(tmp_path, small_dataset, monkeypatch):
+    """A run, and ``foreground`` with a Ray that does no more than to write these events, each after the last; a
+    callable among them is called.
+    """
+    plain = {"name": "small", "recipe": "arvae", "data": {"train": str(small_dataset)}, "batch": 4}
+    manifest, run_url = folder.claim(manifests.validate(plain, "m"), str(tmp_path))
+    gone = threading.Event()
+
+    def foreground(*story):
+        def fit(manifest, run_url, launch, scratch):
+            for event in story:
+                time.sleep(0.5)
+                if callable(event):
+                    event()
+                else:
+                    note(run_url, **{"launch": launch, **event})
+            assert gone.wait(30), "it was not told to end"
+            raise RuntimeError("it has lost its Ray")
+
+        @contextlib.contextmanager
+        def none(manifest):
+            yield str(tmp_path)
+            gone.set()
+
+        monkeypatch.setattr(launch, "connected_ray", none)
+        monkeypatch.setattr(launch, "fit_again", fit)
+        said = io.StringIO()
+        return launch.foreground(manifest, run_url, Console(file=said, width=200)), said.getvalue()
+
+    return foreground
+
+
+def test_a_warning_before_an_attempt_trains_and_a_hang_are_shown_and_a_stop_between_two_attempts_waits_for_neither(
+    staged,
+):
+    workers = [{"rank": 0, "host": "h", "pid": 1, "metrics": "h:1"}]
+    outcome, said = staged(
+        {"event": "warning", "attempt": 1, "message": "step-00000008 is damaged. Going back"},
+        {"event": "start", "attempt": 1, "from_step": 4, "world": 1, "workers": workers},
+        {"event": "warning", "attempt": 9, "message": "another launch's"},
+        {
+            "event": "restart",
+            "cause": "hung",
+            "rank": 0,
+            "message": "rank 0 waited 9 s for rank 1, alive but elsewhere.",
+        },
+        lambda: os.kill(os.getpid(), signal.SIGTERM),
+    )
+    assert outcome == "stopped"
+    assert "warning: step-00000008 is damaged. Going back" in said and "another launch's" not in said
+    assert "rank 0 waited 9 s for rank 1, alive but elsewhere; restarting from the last commit" in said
+    assert "SIGTERM: stopping before a worker has begun" in said
+
+
 def test_what_a_user_is_told_of_the_end(tmp_path, small_dataset):
     plain = {"name": "small", "recipe": "arvae", "data": {"train": str(small_dataset)}, "batch": 4}
     manifest, run_url = folder.claim(manifests.validate(plain, "m"), str(tmp_path))
@@ -196,5 +256,13 @@ def test_what_a_user_is_told_of_the_end(tmp_path, small_dataset):
     assert (why(killed)["cause"], why(killed)["rank"]) == ("killed", 1), "the death, not what it did to the others"
     unreachable = WorkerGroupError("text", {1: RuntimeError("The actor 4fd6 is unavailable: RpcError")})
     assert why(unreachable)["cause"] == "killed", "a machine that is lost is no error of ours"
+    waited = PeerLost("rank 0 waited 9 s in step 3 (forward and backward) for rank 1, without a sign of life for 9 s.")
+    silent = WorkerHealthCheckTimeoutError("A worker health check has been hanging")
+    hung = WorkerGroupError("text", {0: silent, 1: waited})
+    assert why(hung) == {"cause": "hung", "rank": 1, "message": str(waited)}, "the one that says who waited for whom"
+    told = launch._fault(hung, manifest, run_url)
+    assert isinstance(told, InputError) and "for rank 1, without a sign of life for 9 s" in str(told)
+    assert "failure.hang_seconds" in str(told) and "memory" not in str(told)
+    assert "RAY_" not in why(WorkerGroupError("text", {0: silent}))["message"]
     drained = PreemptionError(PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"node": [1]}))
     assert (why(drained)["cause"], why(drained)["rank"]) == ("preempted", 1)
