@@ -24,7 +24,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,29 +153,39 @@ class Trial:
             self.rival.engine.close()
 
     def parts(self) -> dict[str, float]:
-        """Share of the forward pass by the model's parts and the frozen networks, and of attention within them."""
+        """Share of the forward pass by the model's parts and the frozen networks, the rest (warps, losses), and of
+        attention within them. A part's share is what its modules take, whichever of them is called from outside.
+        """
         spent: dict[str, float] = defaultdict(float)
+        whole_parts = [*self.engine.module.named_children(), *self.teachers.named_children()]
+        attentive = [module for module in self.engine.module.modules() if isinstance(module, Attention)]
         with contextlib.ExitStack() as hooks:
-            named = [*self.engine.module.named_children(), *self.teachers.named_children()]
-            attentive = [module for module in self.engine.module.modules() if isinstance(module, Attention)]
-            named += [("of these, attention", module) for module in attentive]
-            for name, module in named:
-                hooks.enter_context(timed(module, name, spent, self.device))
+            for name, part in whole_parts:
+                hooks.enter_context(timed(list(part.modules()), name, spent, self.device))
+            hooks.enter_context(timed(attentive, "of these, attention", spent, self.device))
             start = sync(self.device)
             self.forward()
             whole = sync(self.device) - start
+        spent["the rest"] = whole - sum(spent.get(name, 0.0) for name, _ in whole_parts)
         return {name: seconds / whole for name, seconds in spent.items()}
 
 
 @contextlib.contextmanager
-def timed(module: nn.Module, name: str, spent: dict[str, float], device: torch.device) -> Iterator[None]:
+def timed(modules: Sequence[nn.Module], name: str, spent: dict[str, float], device: torch.device) -> Iterator[None]:
+    """Adds up the time in calls of the modules; a call within another one counts as part of that."""
     began: list[float] = []
-    before = module.register_forward_pre_hook(lambda *_: began.append(sync(device)))
+
+    def before(*_: Any) -> None:
+        began.append(began[0] if began else sync(device))
 
     def after(*_: Any) -> None:
-        spent[name] += sync(device) - began.pop()
+        start = began.pop()
+        if not began:
+            spent[name] += sync(device) - start
 
-    handles = (before, module.register_forward_hook(after))
+    handles = []
+    for module in modules:
+        handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
     yield
     for handle in handles:
         handle.remove()
@@ -212,6 +222,18 @@ def memory(source: str, sets: list[str], title: str, variant: str, clips: int, d
         answers.put(torch.cuda.max_memory_allocated())
     else:
         answers.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def peak_memory(source: str, sets: list[str], title: str, variant: str, clips: int, device: torch.device) -> str:
+    """MiB of :func:`memory` in a process of its own; a dash, and what the process said, where it came to no end."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    context = multiprocessing.get_context("spawn")
+    answers = context.SimpleQueue()
+    process = context.Process(target=memory, args=(source, sets, title, variant, clips, device.type, answers))
+    process.start()
+    process.join()
+    return "-" if process.exitcode else f"{answers.get() / 2**20:,.0f}"
 
 
 def measure(
@@ -254,13 +276,7 @@ def main() -> None:
         found = measure(manifest, part, variants, options.clips, options.warm, options.steps, device)
         eager = [sum(step.values()) for step in found["times"]["float32"]]
         for name, spent in found["times"].items():
-            answers = multiprocessing.get_context("spawn").SimpleQueue()
-            process = multiprocessing.get_context("spawn").Process(
-                target=memory,
-                args=(options.manifest, options.sets, part.title, name, options.clips, device.type, answers),
-            )
-            process.start()
-            process.join()
+            peak = peak_memory(options.manifest, options.sets, part.title, name, options.clips, device)
             whole = [sum(step.values()) for step in spent]
             low, middle, high = statistics.quantiles([1000 * seconds for seconds in whole])
             ratio = statistics.median(a / b for a, b in zip(eager, whole, strict=True))
@@ -269,7 +285,7 @@ def main() -> None:
             rows.append(
                 f"| {part.title} | {name} | {middle:.0f} ({low:.0f} to {high:.0f}) | {ratio:.2f} | "
                 f"{1000 * options.clips / middle:.2f} | {achieved / 1e9:.1f} | "
-                f"{achieved / max(peaks['fp32'], peaks[VARIANTS[name][0]]):.1%} | {answers.get() / 2**20:,.0f} |"
+                f"{achieved / max(peaks['fp32'], peaks[VARIANTS[name][0]]):.1%} | {peak} |"
             )
             print(rows[-1], flush=True)
         middle = {part: statistics.median(step[part] for step in found["times"]["float32"]) for part in

@@ -1,5 +1,7 @@
 """What benchmarks reckon with, on models of no size."""
 
+import os
+
 import pytest
 import torch
 
@@ -40,6 +42,16 @@ def test_a_stage_is_measured_before_its_adversary_starts_and_after(manifest):
     spent = [sum(s["adversary"] for s in f["times"]["float32"]) for f in found]
     assert spent[2] > 10 * spent[1], "without it there is nothing to do"
     assert found[2]["operations"] > found[1]["operations"] > found[0]["operations"] > 0
+    shares = found[1]["parts"]
+    assert shares["encoder"] > shares["motion"] > 0, "its three encoders lie in a dictionary, which is never called"
+    assert sum(shares.values()) == pytest.approx(1)
+    assert found[0]["parts"].keys() == {"motion", "the rest"}
+
+
+def test_a_process_that_comes_to_no_end_leaves_a_dash(monkeypatch, capfd):
+    monkeypatch.setattr(step, "memory", os.strerror)  # takes one argument, and is told seven
+    assert step.peak_memory("m.yaml", [], "motion", "float32", 1, torch.device("cpu")) == "-"
+    assert "TypeError" in capfd.readouterr().err
 
 
 def test_a_gain_is_over_the_line_between_two_fixed_lengths():
