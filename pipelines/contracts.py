@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # at run time where it is used: it takes seconds to import, w
 
 Stream = Literal["video", "image"]
 PositiveInt = Annotated[int, Field(gt=0)]
+Frames = Annotated[int, Field(gt=0, le=1 << 16)]
+Side = Annotated[int, Field(gt=0, le=1 << 14)]
 
 
 class ClipRule(BaseModel):
@@ -27,14 +29,14 @@ class ClipRule(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    frames: PositiveInt = Field(description="Frames T of a clip; 1 for images.")
-    stride: tuple[PositiveInt, PositiveInt] = Field(
+    frames: Frames = Field(description="Frames T of a clip; 1 for images.")
+    stride: tuple[Frames, Frames] = Field(
         (1, 1), description="Least and greatest distance between neighbouring frames, in stored frames, both included."
     )
     stride_per: Literal["clip", "gap"] = Field(
         "clip", description="Draw one stride for the whole clip, or one for each gap between neighbours (ARVAE)."
     )
-    sizes: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
+    sizes: tuple[tuple[Side, Side], ...] = Field(
         min_length=1, description="(height, width) buckets in pixels; one is drawn for each global batch."
     )
     crop: Literal["center", "random"] = Field("random", description="Where the crop lies after resizing to cover.")

@@ -23,7 +23,8 @@ from pipelines import index, storage, strict_yaml
 from pipelines.contracts import PositiveInt
 from pipelines.faults import InputError, near, nearest
 from trainer import recipe as recipes
-from trainer.losses.perceptual import PerceptualSpec
+from trainer.losses.perceptual import LEAST_SIZE, PerceptualSpec
+from trainer.losses.ssim import TAPS
 from trainer.stage import OptimizerSpec, Schedule, Stage
 
 LEAVE_SECONDS = 3.0
@@ -645,6 +646,14 @@ def _sizes(recipe: recipes.CodecRecipe, stage: Stage) -> Iterator[str]:
             recipe.latent(stage.clip.frames, height, width)
         except InputError as error:
             yield f"stages.{stage.name}.clip.sizes: {error}"
+    perceptual = getattr(recipe.config, "perceptual", None)
+    least = {"ssim": TAPS, "lpips": LEAST_SIZE[perceptual.backbone] if perceptual is not None else 0}
+    for term, side in least.items() if stage.steps else ():
+        if stage.losses.get(term) and min(small := min(stage.clip.sizes, key=min)) < side:
+            yield (
+                f"stages.{stage.name}.clip.sizes: {list(small)}: {term} needs at least {side} x {side} pixels. Take "
+                f"larger frames, or set losses.{term} to 0"
+            )
 
 
 def _kubernetes(manifest: RunManifest, spec: KubernetesSpec) -> Iterator[str]:

@@ -76,7 +76,7 @@ def test_ssim_gradient_is_right_and_descends():
 
 
 def test_ssim_says_what_is_wrong():
-    with pytest.raises(ValueError, match="11 x 11 pixels; the frames have 10 x 40"):
+    with pytest.raises(InputError, match="11 x 11 pixels; the frames have 10 x 40"):
         ssim(noise(1, 3, 1, 10, 40), noise(1, 3, 1, 10, 40), 1.0)
     with pytest.raises(ValueError, match="shapes differ"):
         ssim(noise(1, 3, 1, 12, 12), noise(1, 1, 1, 12, 12), 1.0)

@@ -195,6 +195,21 @@ def test_faults_that_only_show_together():
     assert "stages.frames-5.optimizer.lr" in text
 
 
+def test_frames_that_are_too_small_for_a_loss_or_too_large_for_any_machine():
+    stages = {
+        "frames-3": {"clip": {"sizes": [[64, 64], [8, 16]]}},
+        "frames-5": {"clip": {"sizes": [[8, 8]]}, "steps": 0},
+    }
+    text = _faults(_with(stages=stages))
+    assert "2 faults" in text
+    for term, side in (("ssim", 11), ("lpips", 16)):
+        assert f"stages.frames-3.clip.sizes: [8, 16]: {term} needs at least {side} x {side} pixels" in text
+    stages["frames-3"]["losses"] = {"ssim": 0, "lpips": 0}
+    manifests.validate(_with(stages=stages), "m")
+    text = _faults(_with(clip={"sizes": [[2**40, 8]], "frames": 2**40, "stride": [1, 2**40]}))
+    assert "clip.sizes.0.0" in text and "clip.frames" in text and "clip.stride.1" in text and "3 faults" in text
+
+
 def test_keys_in_a_url_are_refused_and_not_shown():
     """They would otherwise stand in the copy of the manifest that every run keeps."""
     text = _faults(

@@ -15,6 +15,8 @@ import math
 import torch
 from torch import Tensor
 
+from pipelines.faults import InputError
+
 TAPS = 11
 SIGMA = 1.5
 K1, K2 = 0.01, 0.03
@@ -26,14 +28,14 @@ def ssim(x_BCTHW: Tensor, y_BCTHW: Tensor, data_range: float) -> Tensor:
     """SSIM of each frame, (B, T), at most 1; differentiable in both arguments.
 
     Black must be 0 and white ``data_range``: SSIM compares means as ratios, so pixels in [-1, 1] would give other
-    values. float64 inputs are computed in float64, all others in float32. Raises ValueError for unequal shapes or
-    frames under 11 x 11 pixels.
+    values. float64 inputs are computed in float64, all others in float32. Raises ValueError for unequal shapes, and
+    InputError for frames under 11 x 11 pixels.
     """
     if x_BCTHW.shape != y_BCTHW.shape:
         raise ValueError(f"shapes differ: {tuple(x_BCTHW.shape)} and {tuple(y_BCTHW.shape)}")
     height, width = x_BCTHW.shape[-2:]
     if min(height, width) < TAPS:
-        raise ValueError(f"SSIM's window has {TAPS} x {TAPS} pixels; the frames have {height} x {width}")
+        raise InputError(f"SSIM's window has {TAPS} x {TAPS} pixels; the frames have {height} x {width}. Use larger")
     dtype = torch.float64 if x_BCTHW.dtype == torch.float64 else torch.float32
     x, y = x_BCTHW.to(dtype), y_BCTHW.to(dtype)
     mean_x, mean_y, mean_xx, mean_yy, mean_xy = (_blur(plane) for plane in (x, y, x * x, y * y, x * y))
