@@ -8,6 +8,7 @@ import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,8 @@ from pipelines.faults import InputError
 
 STOPPED = 75
 INTERRUPTED = 130
+LINE_SECONDS = 30.0
+"""Between two lines of how far a command is, where there is no terminal for a bar."""
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 UNUSABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 """Of a path: faults of input."""
@@ -515,19 +518,14 @@ def encode(
         )
     if len(paths) != 1:
         raise InputError(f"encode CHECKPOINT --dataset DATASET DEST takes one path; here are {len(paths)}", status=2)
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
     from trainer import encoding
 
     window = encoding.window(url, frames, size)
     codec = codecs.load(url, sets=sets or (), device=codecs.fastest(), warn=_warn)
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
-        task = progress.add_task("encoding", total=None)
+    with _bar("encoding clips") as move:
 
         def show(state: encoding.Progress) -> None:
-            text = f"{state.samples} samples, {state.skipped} clips skipped"
-            progress.update(task, total=state.clips, completed=state.done, description=text)
+            move(state.done, state.clips, f"{state.samples} samples, {state.skipped} clips skipped")
 
         summary = encoding.encode_dataset(codec, dataset, paths[0], *window, progress=show)
     if as_json:
@@ -682,17 +680,13 @@ def pack(
     as_json: Json = False,
 ) -> None:
     """Cut videos and images to clips and write them as WebDataset shards with an index. Run again to go on."""
-    from rich.progress import Progress
-
     from pipelines import pack as packing
 
     chosen = packing.load_rules(rules, sets or [])
-    with Progress(console=err, disable=not err.is_terminal) as progress:
-        task = progress.add_task("packing", total=None)
+    with _bar("packing videos") as move:
 
         def show(state: packing.Progress) -> None:
-            text = f"{state.clips} clips, {state.skipped} skipped"
-            progress.update(task, total=state.videos, completed=state.done, description=text)
+            move(state.done, state.videos, f"{state.clips} clips, {state.skipped} skipped")
 
         summary = packing.pack(source, dest, chosen, workers=workers, progress=show)
     if as_json:
@@ -711,7 +705,7 @@ def index(
     """Index an existing WebDataset as it is: nothing is rewritten."""
     from pipelines import index as indexing
 
-    with _shards("indexing") as show:
+    with _bar("indexing shards") as show:
         report = indexing.index_dataset(url, to, name=name, workers=os.cpu_count() or 1, progress=show)
     if as_json:
         out.print_json(data=dataclasses.asdict(report))
@@ -734,7 +728,7 @@ def captions(
     """Store T5 embeddings of a dataset's captions beside its clips, once. Run again to go on."""
     from pipelines.captions import embed_captions
 
-    with _shards("embedding") as show:
+    with _bar("embedding shards") as show:
         made = embed_captions(dataset, text_encoder, progress=show)
     if as_json:
         out.print_json(data=dataclasses.asdict(made))
@@ -744,13 +738,25 @@ def captions(
 
 
 @contextlib.contextmanager
-def _shards(doing: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on the terminal, and the function that moves it: shards done, of how many."""
-    from rich.progress import Progress
+def _bar(doing: str) -> Iterator[Callable[..., None]]:
+    """A bar on the terminal, elsewhere a line now and then, and the function that moves it: how many are done, of how
+    many, and what else there is to say.
+    """
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    with Progress(console=err, disable=not err.is_terminal) as progress:
-        task = progress.add_task(f"{doing} shards", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    said = time.monotonic()
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
+        task = progress.add_task(doing, total=None)
+
+        def move(done: int, total: int, text: str = "") -> None:
+            nonlocal said
+            progress.update(task, completed=done, total=total, description=text or doing)
+            if not err.is_terminal and time.monotonic() - said >= LINE_SECONDS:
+                said = time.monotonic()
+                err.print(f"{doing}: {done} of {total}{text and ', '}{text}")
+
+        yield move
 
 
 @app.command()

@@ -252,6 +252,15 @@ def test_pack_skips_by_reason_and_name_also_names_that_look_like_markup(moviola,
     assert json.loads(out)["clips"] == {"train": 1, "eval": 1}
 
 
+def test_without_a_terminal_lines_say_how_far_a_command_is(monkeypatch, capsys):
+    for seconds, shown in ((0.0, "packing videos: 1 of 3, 5 clips\npacking videos: 2 of 3\n"), (60.0, "")):
+        monkeypatch.setattr(cli, "LINE_SECONDS", seconds)
+        with cli._bar("packing videos") as move:
+            move(1, 3, "5 clips")
+            move(2, 3)
+        assert capsys.readouterr().err == shown
+
+
 def test_a_packing_that_fails_leaves_room_for_the_next(moviola, tmp_path):
     synthetic.write_videos("two", count=2, seconds=1, size=(32, 32))
     (tmp_path / "videos").mkdir()
