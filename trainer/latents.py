@@ -95,7 +95,7 @@ def opened(url: str) -> Iterator[tuple[dict[str, str], Iterator[Latent]]]:
 def local(url: str) -> Iterator[str]:
     """A path of the file at ``url``: its own, or a temporary copy of a remote one."""
     if not storage.is_remote(url):
-        path = url.removeprefix("file://")
+        path = storage.absolute(url)
         if not Path(path).is_file():
             raise InputError(f"{url}: there is no such file", status=2)
         yield path

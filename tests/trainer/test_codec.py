@@ -240,6 +240,8 @@ def test_faults_of_files_are_named(video, tmp_path):
     shutil.copy(video[0], tmp_path / "a%d:1.mp4")
     with videos.reader(str(tmp_path / "a%d:1.mp4")) as found:
         assert len(list(found)) == 20
+    with videos.reader(f"file://{tmp_path}/a%25d:1.mp4") as found:
+        assert found.height == 36
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     with pytest.raises(InputError, match=r"junk.safetensors is not a safetensors file"):
         codecs.decode_file(codec, str(tmp_path / "junk.safetensors"), str(tmp_path / "out.mp4"))
