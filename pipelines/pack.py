@@ -43,7 +43,8 @@ VERSION = 1
 AHEAD = 32
 """Videos a worker that may wait in spools for their turn."""
 LOOKERS = 16
-"""Threads that look for the files of a list."""
+"""Threads that look for the files of a list, and for copies."""
+FINGERPRINT_BYTES = 1 << 16
 TABLES = frozenset({".csv", ".tsv", ".jsonl", ".json"})
 LISTS = frozenset({".txt", ".lst", *TABLES})
 _TYPES = mimetypes.MimeTypes()
@@ -621,24 +622,26 @@ def _groups(footage: Sequence[Footage], rules: PackRules) -> dict[str, str]:
             group = alias[group]
         return group
 
-    for item in footage:
-        if item.bytes and sizes[item.bytes] > 1:
-            try:
-                fingerprint = _fingerprint(item)
-            except InputError:
-                continue  # cutting skips what can't be read, and says why
-            mine, first = root(groups[item.name]), root(same.setdefault(fingerprint, groups[item.name]))
-            if mine != first:
-                alias[mine] = first
+    alike = [item for item in footage if item.bytes and sizes[item.bytes] > 1]
+    with ThreadPoolExecutor(LOOKERS) as pool:
+        for item, fingerprint in zip(alike, pool.map(_fingerprint, alike), strict=True):
+            if fingerprint:
+                mine, first = root(groups[item.name]), root(same.setdefault(fingerprint, groups[item.name]))
+                if mine != first:
+                    alias[mine] = first
     return {name: root(group) for name, group in groups.items()}
 
 
 def _fingerprint(item: Footage) -> str:
-    """Digest of the first and last megabyte: enough to know copies among files of the same size."""
-    ends = 1 << 20
-    size = storage.size(item.urls[-1])
-    data = storage.read_bytes(item.urls[0], 0, min(ends, storage.size(item.urls[0])))
-    return _digest(data + storage.read_bytes(item.urls[-1], max(0, size - ends), size))
+    """Digest of both ends: enough to know copies among files of the same size. Empty for what can't be read: cutting
+    skips that, and says why.
+    """
+    try:
+        first, last = (item.bytes if len(item.urls) == 1 else storage.size(item.urls[end]) for end in (0, -1))
+        head = storage.read_bytes(item.urls[0], 0, min(FINGERPRINT_BYTES, first))
+        return _digest(head + storage.read_bytes(item.urls[-1], max(0, last - FINGERPRINT_BYTES), last))
+    except InputError:
+        return ""
 
 
 def _captions(url: str, rule: CaptionTable) -> dict[str, str]:
