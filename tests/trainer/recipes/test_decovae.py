@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pipelines import order
 from pipelines.contracts import Batch, BatchPlan, Source, generator
 from pipelines.faults import InputError
 from trainer import manifest as manifests
@@ -104,6 +105,14 @@ def test_the_published_schedule() -> None:
     latent = recipe.latent(17, 256, 256)
     assert latent.channels == 16
     assert latent.shapes == dict.fromkeys(("keyframe", "motion", "residual"), (16, 5, 32, 32))
+
+
+def test_fewer_workers_than_the_papers_take_no_more_clips_at_a_time() -> None:
+    published = manifests.load(str(Path(__file__).parents[3] / "manifests" / "decovae.yaml"))
+    assert published.batch == 8 * 5
+    for world in range(published.workers.least, published.workers.greatest + 1):
+        spans = [s for rank in range(world) for s in order.share(published.batch, rank, world, published.micro_batch)]
+        assert sum(s.count for s in spans if s.weight) == 40 and max(s.count for s in spans) <= 5
 
 
 @pytest.mark.parametrize(
