@@ -15,10 +15,12 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import struct
 import tarfile
 import threading
+import time
 import zlib
 from array import array
 from bisect import bisect_right
@@ -663,12 +665,25 @@ def _draft_name(file: str) -> str:
     return index_name(file) + ".json"
 
 
+def _end_with(parent: int) -> None:
+    """Ends this process once its parent is gone: a pool's processes would wait for ever for what a killed one has to
+    say.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _in_processes(workers: int, jobs: Sequence[tuple[str, str, str, int]]) -> Iterator[tuple[str, Any]]:
     if workers <= 1 or len(jobs) <= 1:
         for job in jobs:
             yield job[2], index_shard(*job)
         return
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=_end_with, initargs=(os.getpid(),)) as pool:
         futures: dict[Future, str] = {pool.submit(index_shard, *job): job[2] for job in jobs}
         try:
             for future in as_completed(futures):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import signal
+import subprocess
+import sys
 import tarfile
 import tracemalloc
 import zlib
@@ -277,6 +280,23 @@ def test_shards_are_indexed_in_processes_to_the_same_index(tmp_path: Path) -> No
             write(url, f"shard-{n}.tar", [(f"{n}-{i}.mp4", video(3 + i)) for i in range(2)])
         digests.append(index_dataset(url, name="x", workers=workers).digest)
     assert digests[0] == digests[1]
+
+
+def test_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
+    for n in range(8):
+        write(str(tmp_path), f"{n}.tar", [(f"{n}.mp4", video())])
+    program = (
+        "import os, signal, sys\n"
+        "from multiprocessing import active_children\n"
+        "from pipelines import index\n"
+        "def killed(done, all):\n"
+        "    print(*(child.pid for child in active_children()), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "index.index_dataset(sys.argv[1], workers=2, progress=killed)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL and len(done.stdout.split()) == 2
+    assert index_dataset(str(tmp_path)).clips == 8
 
 
 def test_sidecars_that_contradict_the_videos_are_not_believed(tmp_path: Path) -> None:
