@@ -108,7 +108,7 @@ def measured(config: dict[str, Any], data: str) -> Any:
 
 
 def take_turns(signals: Any, manifest: RunManifest, data: str, result: Path) -> None:
-    """Runs a bare step wherever the loop has ended one of its own, and keeps the times of both."""
+    """Runs a bare step wherever the loop is about to begin one of its own, and keeps the times of both."""
     world = loop.World.current(torch.device("cpu"))
     batches = (batches for _, batches in loop.open_loader(manifest, world, FaultBudget()).iter_from(0))
     bare = Bare(manifest, batches if data == "read" else iter(list(batches)))
@@ -118,9 +118,11 @@ def take_turns(signals: Any, manifest: RunManifest, data: str, result: Path) -> 
         dist.barrier()
         return time.perf_counter()
 
-    def agreed_then_bare(margin: float) -> Any:
+    def agreed_then_bare(margin: float, late: bool = False) -> Any:
         nonlocal mark
-        wish = agreed(margin)
+        wish = agreed(margin, late)
+        if wish.late:
+            return wish
         begin = barrier()
         bare.step()
         end = barrier()

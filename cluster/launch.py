@@ -229,12 +229,12 @@ def foreground(
 ) -> Outcome:
     """Trains on an embedded Ray and shows progress; the first Ctrl-C or SIGTERM asks for a committed checkpoint.
 
-    A run whose last step is committed is done at once. ``watch`` is called with the new events
+    A run whose last step is committed, and whole on storage, is done at once. ``watch`` is called with the new events
     and the new metrics a few times a second. ``asked`` holds the signals that came while the run was made ready; what
     is asked to stop while no attempt trains ends at once and leaves everything as it was. Returns ``done`` or
     ``stopped``; raises InputError when the run failed for a reason that the user can mend, Ray Train's error otherwise.
     """
-    if is_done(manifest, run_url):
+    if is_done(manifest, run_url) and _is_whole(run_url):
         note(run_url, "done", step=manifest.schedule.steps)
         return "done"
     service = Service(manifest, run_url)
@@ -332,6 +332,18 @@ def foreground(
         service.close(hurry=lambda: len(signals) > 1)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _is_whole(run_url: str) -> bool:
+    """Whether the newest checkpoint is what was written; where it isn't, training goes back, and says so."""
+    try:
+        found = checkpoint.newest(run_url)
+        if found is None or found.step != checkpoint.newest_step(run_url):
+            return False
+        found.verify()
+    except checkpoint.Damaged:
+        return False
+    return True
 
 
 def _fault(error: BaseException, manifest: RunManifest, run_url: str) -> BaseException:

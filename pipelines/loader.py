@@ -148,9 +148,13 @@ class Loader:
         that does not answer.
         """
         self.close()
-        run = self._run = _Run(self, step)
+        self._next_step = step
+        self._run = _Run(self, step)
+        return self._iterate(self._run)
+
+    def _iterate(self, run: _Run) -> Iterator[tuple[int, list[Batch]]]:
         try:
-            for current in range(step, self.steps):
+            for current in range(run.first, self.steps):
                 batches = run.take(current)
                 self._next_step = current + 1
                 yield current, batches
@@ -160,6 +164,10 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[int, list[Batch]]]:
         return self.iter_from(self._next_step)
+
+    def ready(self, seconds: float) -> bool:
+        """Whether what the iteration gives next is there, or comes within ``seconds``; raises what it would raise."""
+        return self._run is None or self._next_step >= self.steps or self._run.ready(self._next_step, seconds)
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
         """All that a resume needs, at any world size: the next step (or ``step``), and what must not change."""
@@ -324,6 +332,8 @@ class _Run:
         self.memory = _Memory()
         self.changed = threading.Condition(loader._lock)
         self.progress = 0
+        self.awaited = (-1, 0, 0.0)
+        """The step that is waited for, the progress last seen, and since when there is no more."""
         self.error: BaseException | None = None
         self.closed = False
         loops: list[tuple[str, Callable[..., None], tuple[Any, ...]]] = [
@@ -341,9 +351,9 @@ class _Run:
         for thread in self.threads:
             thread.start()
 
-    def take(self, number: int) -> list[Batch]:
-        """The step's batches, as soon as they are there; starts what may run ahead: of the first steps, fewer, lest
-        the first batch wait for those after it.
+    def ready(self, number: int, seconds: float) -> bool:
+        """Waits for the step, for ``seconds`` at most; starts what may run ahead: of the first steps, fewer, lest the
+        first batch wait for those after it.
         """
         ahead = min(self.loader.read_ahead, number - self.first + 1)
         while self.next_step <= min(number + ahead, self.loader.steps - 1):
@@ -351,12 +361,17 @@ class _Run:
                 break
             self._start(self.next_step)
             self.next_step += 1
-        step = self.steps[number]
         began = time.perf_counter()
-        self._wait(number, step)
-        del self.steps[number]
+        try:
+            return self._wait(number, self.steps[number], seconds)
+        finally:
+            self.loader._count(wait_seconds=time.perf_counter() - began)
+
+    def take(self, number: int) -> list[Batch]:
+        """The step's batches, as soon as they are there."""
+        self.ready(number, math.inf)
+        step = self.steps.pop(number)
         self.loader._count(
-            wait_seconds=time.perf_counter() - began,
             read_ahead_bytes=-step.bytes,
             read_ahead_clips=-step.clips,
             clips=sum(micro.share.count for micro in step.micros if micro.share.weight),
@@ -409,13 +424,17 @@ class _Run:
         dataset, draw = self.loader.draw(step.plan, offset, substitute)
         return _Want(step, micro, row, offset, dataset, draw, *dataset.locate(draw.clip))
 
-    def _wait(self, number: int, step: _Step) -> None:
+    def _wait(self, number: int, step: _Step, seconds: float) -> bool:
+        """Whether the step is whole within ``seconds``; raises where nothing came for ``timeout_seconds``."""
+        end, patience = time.monotonic() + seconds, self.loader.timeout_seconds
         while True:
-            seen = self.progress
+            if self.awaited[:2] != (number, self.progress):
+                self.awaited = (number, self.progress, time.monotonic())
+            limit = min(end, self.awaited[2] + patience)
             if self.loader.workers == 0:
                 while step.left and self.error is None:
                     try:
-                        job = self.decodes.get(self.loader.timeout_seconds)
+                        job = self.decodes.get(max(0.0, limit - time.monotonic()))
                     except queue.Empty:
                         break
                     if job is not None:
@@ -423,17 +442,21 @@ class _Run:
                     del job
             else:
                 with self.changed:
-                    self.changed.wait_for(lambda: not step.left or self.error is not None, self.loader.timeout_seconds)
+                    left = max(0.0, limit - time.monotonic())
+                    self.changed.wait_for(lambda: not step.left or self.error is not None, left)
             if self.error is not None:
                 raise self.error
             if not step.left:
-                return
-            if self.progress == seen:
+                return True
+            now = time.monotonic()
+            if self.awaited[1] == self.progress and now >= self.awaited[2] + patience:
                 waiting = sorted(f"{dataset.name}/{dataset.files[shard]}" for dataset, shard in self._missing(step))
                 raise InputError(
-                    f"no clip arrived for {self.loader.timeout_seconds:.0f} s; step {number} waits for {len(waiting)} "
+                    f"no clip arrived for {patience:.0f} s; step {number} waits for {len(waiting)} "
                     f"shards: {', '.join(waiting[:5])}. Is the storage up?"
                 )
+            if now >= end:
+                return False
 
     def _missing(self, step: _Step) -> set[tuple[Dataset, int]]:
         found = set()

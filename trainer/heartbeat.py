@@ -71,6 +71,10 @@ class Heartbeat:
             return None
         return PeerLost(self._explain(self._place))
 
+    def lost(self) -> PeerLost:
+        """Who is waited for, where that is no collective."""
+        return PeerLost(self._explain(self._place))
+
     def close(self) -> None:
         """Ends beat and watch."""
         self._closing.set()

@@ -34,8 +34,11 @@ from trainer.flops import FlopMeter
 from trainer.heartbeat import STEP, Heartbeat
 from trainer.manifest import LEAVE_SECONDS, RunManifest
 from trainer.run import Outcome, is_done, models_of
-from trainer.signals import Signals
+from trainer.signals import Signals, Wish
 from trainer.telemetry import Ledger, Telemetry, heard_last, newest_ledger, of_earlier_commands, read_lines, surviving
+
+LATE_SECONDS = 0.5
+"""How long a rank waits for its data before it asks the others what is wished."""
 
 
 class _Interrupted(Exception):
@@ -140,6 +143,8 @@ def _train(
 
     def warn(text: str) -> None:
         telemetry.event("warning", message=text)
+        if world.rank == 0:
+            print(f"moviola: warning: {text}", file=sys.stderr, flush=True)
 
     for saved in checkpoint.candidates(run_url, lease, warn):
         first = saved.step if saved else 0
@@ -159,6 +164,13 @@ def _train(
         kept = adversaries.engines(engine, adversary if adversaries.goes_on(manifest, first) else None)
         if saved is None or saved.restore(kept, warn):
             break
+    digest = manifest.digest()
+    if saved and saved.state["manifest"] != digest:
+        warn(
+            f"{storage.redact(saved.url)} was written under another manifest (digest {saved.state['manifest']}, now "
+            f"{digest}): manifest.yaml in {storage.redact(run_url)} was changed by hand, or a default is another one "
+            "in this version. What comes now is not what the run would have trained."
+        )
     ledger = past.go_on(saved)
     everyone = _everyone(world, telemetry.address)
     telemetry.event("start", from_step=first, world=world.size, workers=everyone, launch=launch)
@@ -176,9 +188,9 @@ def _train(
     signals = Signals(run_url, world, lease.hold)
     if on_start is not None:
         on_start(signals)
-    digest = manifest.digest()
     outcome: Outcome = "done"
     noticed, owed, seconds = False, False, 0.0
+    done = kept_step = first
     since, since_place, since_step = time.monotonic(), schedule.plan(first).place, first
 
     def margin() -> float:
@@ -192,10 +204,59 @@ def _train(
         if now.stop or now.leave:
             raise _Interrupted
 
+    def called() -> Wish:
+        """What all ranks know before a step: that each has its data, or, while one waits for them, what is wished."""
+        heartbeat.at(done, "waiting for data")
+        ready: float | None = None
+        while True:
+            if ready is None and clips.ready(LATE_SECONDS):
+                heartbeat.at(done, "waiting for the data of others")
+                ready = time.monotonic()
+            wish = signals.agreed(margin(), late=ready is None)
+            if not wish.late or wish.stop or wish.leave or wish.notice > noticed:
+                return wish
+            telemetry.alive(done, ledger)
+            saver.check()
+            _note_commit(saver, ledger, telemetry)
+            if ready is not None and time.monotonic() - ready > manifest.failure.hang_seconds:
+                raise heartbeat.lost()
+
+    def keep() -> None:
+        """Hands over a checkpoint of what is trained, once."""
+        nonlocal kept_step
+        if kept_step < done:
+            heartbeat.at(done, "handing over a checkpoint")
+            with ledger.span("checkpoint"):
+                state = {"step": done, "stage": stage.name, "loader": clips.state_dict(done)}
+                engines = adversaries.engines(engine, adversary)
+                saver.save(done, engines, {**state, "ledger": ledger.state(), "manifest": digest})
+            kept_step = done
+
     ledger.ready()
-    heartbeat.at(first, "waiting for data")
     with telemetry, contextlib.closing(clips), signals:
-        for step, batches in clips:
+        places = iter(clips)
+        while done < schedule.steps:
+            wish = called()
+            if wish.stop or wish.leave or wish.notice > noticed:
+                keep()
+            if wish.stop:
+                outcome = "stopped"
+                break
+            if wish.notice > noticed:
+                telemetry.event("notice", step=done, deadline=signals.deadline)
+            noticed = wish.notice
+            if wish.leave:
+                with ledger.span("recovery_schedule"):
+                    saver.close()
+                    _note_commit(saver, ledger, telemetry)
+                    telemetry.event("leave", step=done, ledger=ledger.state())
+                    heartbeat.at(done, "waiting to be taken away")
+                    signals.hold(manifest.failure.grace_seconds)
+                noticed = False
+            if wish.leave or wish.late:
+                continue
+
+            step, batches = next(places)
             stage = schedule.stage(step)
             spec = manifest.optimizer_for(stage)
             within = step - schedule.first_steps[schedule.index(step)]
@@ -253,19 +314,14 @@ def _train(
                 telemetry.log(record, summed, ledger, clips.metrics)
             telemetry.alive(done, ledger)
             seconds = max(seconds, time.monotonic() - began)
-            wish = signals.agreed(margin())
             owed = exam is not None and (done % exam.every_steps == 0 or done == schedule.steps)
-            due = owed or done % manifest.checkpoint.every_steps == 0 or done == schedule.steps
-            if due or wish.stop or wish.leave or wish.notice > noticed:
-                heartbeat.at(step, "handing over a checkpoint")
-                with ledger.span("checkpoint"):
-                    state = {"step": done, "stage": stage.name, "loader": clips.state_dict(done)}
-                    engines = adversaries.engines(engine, adversary)
-                    saver.save(done, engines, {**state, "ledger": ledger.state(), "manifest": digest})
-            if exam and owed and not (wish.stop or wish.leave):
-                heartbeat.at(step, "evaluating")
+            if owed or done % manifest.checkpoint.every_steps == 0 or done == schedule.steps:
+                keep()
+            if exam and owed:
+                heartbeat.at(done, "evaluating")
                 paused = time.monotonic()
                 with ledger.span("evaluation"), contextlib.suppress(_Interrupted):
+                    pace()
                     weights = engine.weights(ema=bool(manifest.ema))
                     found = exam.sit(run_url, weights, world, pace, lease.hold)
                     telemetry.evaluated(done, *found)
@@ -273,29 +329,14 @@ def _train(
                 since += time.monotonic() - paused
             saver.check()
             _note_commit(saver, ledger, telemetry)
-            if wish.stop and done < schedule.steps:
-                outcome = "stopped"
-                break
-            if wish.notice > noticed:
-                telemetry.event("notice", step=done, deadline=signals.deadline)
-            noticed = wish.notice
-            if wish.leave:
-                with ledger.span("recovery_schedule"):
-                    saver.close()
-                    _note_commit(saver, ledger, telemetry)
-                    telemetry.event("leave", step=done, ledger=ledger.state())
-                    heartbeat.at(step, "waiting to be taken away")
-                    signals.hold(manifest.failure.grace_seconds)
-                noticed = False
-            heartbeat.at(done, "waiting for data")
             ledger.enter("data_wait")
-        heartbeat.at(step, "waiting for the last commit")
+        heartbeat.at(done, "waiting for the last commit")
         with ledger.span("checkpoint"):
             saver.close()
         _note_commit(saver, ledger, telemetry)
     if owed:  # the last evaluation; the next attempt makes up for it
         outcome = "stopped"
-    return _finish(outcome, step + 1, telemetry, ledger)
+    return _finish(outcome, done, telemetry, ledger)
 
 
 def _frozen(networks: Mapping[str, nn.Module], world: World) -> nn.ModuleDict:
@@ -311,7 +352,9 @@ def _whole(
     telemetry: Telemetry,
     ledger: Ledger,
 ) -> Outcome:
-    """Nothing is left to train; the last evaluation may be missing. Raises Damaged where the weights are."""
+    """Nothing is left to train; the last evaluation may be missing. Raises Damaged where the checkpoint is."""
+    with checkpoint.together():
+        saved.verify(world.rank, world.size)
     if not is_done(manifest, run_url):
         weights = checkpoint.load_weights(saved.url, ema=bool(manifest.ema))
         exam = Examination(manifest, world.device)

@@ -1,6 +1,6 @@
 """What reaches a run from outside while it trains: a request to stop, or the notice that a machine will be taken away.
 
-Ranks agree by a small reduction that is started at one step and read at the next, so nobody waits for it.
+Ranks agree by a small reduction before each step, where they would wait for each other anyway: for the last one's data.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,11 +20,14 @@ from trainer.lease import Fenced
 
 
 class Wish(NamedTuple):
-    """What all ranks know at the same step: ``stop`` for good, a ``notice`` was given, ``leave`` because time is up."""
+    """What all ranks know at the same time: ``stop`` for good, a ``notice`` was given, ``leave`` because time is up;
+    ``late`` while the data of one of them is not there yet.
+    """
 
     stop: bool
     notice: bool
     leave: bool
+    late: bool
 
 
 class _World(Protocol):
@@ -36,8 +39,7 @@ class Signals:
     """The run's ear. ``stop.json`` on its storage, :meth:`stop` (a signal) and :meth:`notice` (a preemption) speak.
 
     It also looks whether the lease still holds: an attempt that was replaced ends within seconds, not at its next
-    commit. A context manager around training. It waits for the reduction that is under way, but not where training
-    failed: then a peer may never come.
+    commit. A context manager around training.
     """
 
     def __init__(self, run_url: str, world: _World, hold: Callable[[], None]) -> None:
@@ -49,7 +51,6 @@ class Signals:
         self._held = 0.0
         self.left = threading.Event()
         """Set once this rank holds: what it trained is committed."""
-        self._pending: tuple[Any, torch.Tensor] | None = None
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         if world.rank == 0:
             threading.Thread(target=self._watch, name="stop-watch", daemon=True).start()
@@ -71,8 +72,8 @@ class Signals:
         """The deadline that this rank knows of."""
         return self._deadline
 
-    def agreed(self, margin: float) -> Wish:
-        """The same answer on all ranks at the same step, at most one step after any of them knew.
+    def agreed(self, margin: float, late: bool = False) -> Wish:
+        """The same answer on all ranks; each calls it equally often, and waits for the others.
 
         ``leave`` comes ``margin`` seconds before the deadline. Raises Fenced, on rank 0, where the lease is another's.
         """
@@ -80,18 +81,12 @@ class Signals:
             self._hold()
         known = self._deadline
         flags = torch.tensor(
-            [self._asked.is_set(), known is not None, known is not None and time.time() > known - margin],
+            [self._asked.is_set(), known is not None, known is not None and time.time() > known - margin, late],
             dtype=torch.float32,
         )
-        if self._group is None:
-            return Wish(*map(bool, flags.tolist()))
-        answer = Wish(False, False, False)
-        if self._pending is not None:
-            handle, reduced = self._pending
-            handle.wait()
-            answer = Wish(*(value > 0 for value in reduced.tolist()))
-        self._pending = (dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True), flags)
-        return answer
+        if self._group is not None:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
+        return Wish(*map(bool, flags.tolist()))
 
     def hold(self, seconds: float) -> None:
         """Waits to be taken away: the checkpoint is committed, and further steps would be lost.
@@ -112,10 +107,8 @@ class Signals:
     def __enter__(self) -> Signals:
         return self
 
-    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self._closing.set()
-        if self._pending is not None and failed is None:
-            self._pending[0].wait()
 
     def _watch(self) -> None:
         while not self._closing.wait(3.0 if storage.is_remote(self._url) else 0.5):

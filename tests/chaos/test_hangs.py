@@ -15,6 +15,7 @@ from moto.server import ThreadedMotoServer
 from pipelines import storage
 from tests.chaos.lab import Lab, reached, smoke
 from tests.pipelines.faulty import FaultyProxy
+from trainer import checkpoint
 
 HANG = 6.0
 
@@ -69,8 +70,27 @@ def test_a_rank_whose_data_does_not_come_is_named_by_the_other(silent_shard: Pat
     with lab.start("late", f"failure.hang_seconds={HANG}") as group:
         group.ranks[0].join(60)
         assert group.ranks[0].exitcode == 1, group.said
-        where = "in step 1 (forward and backward) for rank 1, alive but elsewhere. rank 1: step 1, waiting for data"
+        where = "in step 1 (waiting for the data of others) for rank 1, alive but elsewhere. "
+        where += "rank 1: step 1, waiting for data"
         assert where in group.said, "with this seed the first clip of that shard is rank 1's, in step 1"
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_stop_is_heard_while_data_does_not_come(
+    silent_shard: Path, small_dataset: Path, tmp_path: Path, asked: int
+) -> None:
+    lab = Lab(tmp_path, smoke(str(silent_shard), steps=2, seed=4))
+    with lab.start("late", "checkpoint.every_steps=100") as group:
+        assert reached(lab, "late", group, lambda lines: len(lines) == 1), group.said
+        began = time.monotonic()
+        os.kill(group.ranks[asked].pid, signal.SIGTERM)
+        assert group.wait(30) == [75, 75], group.said
+        assert time.monotonic() - began < 10
+    assert checkpoint.newest_step(lab.url("late")) == 1, "what was trained is kept"
+    (silent_shard / "shard-000001.tar").unlink()
+    shutil.copy(small_dataset / "shard-000001.tar", silent_shard)
+    assert lab.history(lab.train("late")).exact and lab.history("late").redone == 0
+    assert lab.imbalance("late") < 0.01
 
 
 class StuckUploads(FaultyProxy):

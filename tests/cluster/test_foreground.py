@@ -26,6 +26,7 @@ from cluster import launch, runs
 from cluster.events import note
 from cluster.recorder import Recorder, why
 from pipelines.faults import InputError
+from tests.trainer.test_checkpoint import commit
 from trainer import manifest as manifests
 from trainer import run as folder
 from trainer import trace
@@ -110,7 +111,7 @@ def test_a_run_survives_all_of_it_and_every_clip_is_trained_on_once(small_datase
         committed = starts()[1]["from_step"]
         assert committed >= 10
         first.until(lambda: reached(committed + 2, 2))
-        first.process.send_signal(signal.SIGTERM)
+        os.killpg(first.process.pid, signal.SIGTERM)  # as timeout, systemd and Slurm do: Ray's processes get it too
         status, out, err = first.end()
         assert (status, out) == (75, ""), err
         assert "worker 1 killed; restarting from the last commit" in err
@@ -204,8 +205,10 @@ def staged(tmp_path, small_dataset, monkeypatch):
 
         @contextlib.contextmanager
         def none(manifest):
-            yield str(tmp_path)
-            gone.set()
+            try:
+                yield str(tmp_path)
+            finally:
+                gone.set()
 
         monkeypatch.setattr(launch, "connected_ray", none)
         monkeypatch.setattr(launch, "fit_again", fit)
@@ -235,6 +238,16 @@ def test_a_warning_before_an_attempt_trains_and_a_hang_are_shown_and_a_stop_betw
     assert "warning: step-00000008 is damaged. Going back" in said and "another launch's" not in said
     assert "rank 0 waited 9 s for rank 1, alive but elsewhere; restarting from the last commit" in said
     assert "SIGTERM: stopping before a worker has begun" in said
+
+
+def test_a_run_is_done_only_where_its_last_checkpoint_is_whole(tmp_path):
+    commit(str(tmp_path), (1, 2))
+    assert launch._is_whole(str(tmp_path))
+    file = tmp_path / "checkpoints/step-00000002/rank-00000.a1.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    assert not launch._is_whole(str(tmp_path))
+    (tmp_path / "checkpoints/step-00000002/manifest.json").write_text("{}")
+    assert not launch._is_whole(str(tmp_path))
 
 
 def test_what_a_user_is_told_of_the_end(tmp_path, small_dataset):

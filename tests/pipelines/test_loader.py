@@ -460,6 +460,36 @@ def test_a_store_that_hangs_ends_the_run_in_a_bounded_time(
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_wait_for_data_can_be_left_and_taken_up_and_still_ends(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    read, gate = storage.read_bytes, threading.Event()
+
+    def held(url: str, *place: int) -> bytes:
+        if url.endswith(".tar"):
+            gate.wait()
+        return read(url, *place)
+
+    monkeypatch.setattr(storage, "read_bytes", held)
+    loader = make(dataset, steps=2, workers=workers)
+    iterator = iter(loader)
+    assert not loader.ready(0.1) and not loader.ready(0.0)
+    gate.set()
+    assert loader.ready(10.0)
+    assert next(iterator)[0] == 0 and loader.ready(10.0) and next(iterator)[0] == 1
+    assert loader.ready(0.0), "nothing is left to wait for"
+    loader.close()
+    gate.clear()
+    loader = make(dataset, steps=2, workers=workers, timeout_seconds=1.0)
+    _ = iter(loader)
+    with pytest.raises(InputError, match=r"no clip arrived for 1 s; step 0 waits for"):
+        for _ in range(20):
+            assert not loader.ready(0.2), "waits that were left add up"
+    gate.set()
+    loader.close()
+
+
 def _threads() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name.startswith("loader-")}
 

@@ -199,6 +199,30 @@ def test_a_run_that_is_done_returns_at_once(runs: Runs) -> None:
     adds_up(runs, name)
 
 
+def test_a_run_that_is_done_and_whose_last_checkpoint_is_damaged_goes_back_and_says_so(runs: Runs) -> None:
+    name = runs.cut("done-damaged", runs.whole(1), LAST)
+    file = Path(runs.at(name, LAST), "rank-00001.a1.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    said = runs.train(name, 2)
+    assert f"moviola: warning: {runs.at(name, LAST)} is damaged: rank-00001" in said
+    assert "Going back to the checkpoint before it" in said
+    assert [line["step"] for line in runs.lines(name) if line["attempt"] == 2] == [LAST - 1]
+    same(runs, name, runs.whole(1))
+
+
+def test_a_checkpoint_of_another_manifest_is_told(runs: Runs) -> None:
+    name = runs.cut("edited", runs.whole(1), LAST - 1)
+    assert "another manifest" not in runs.train(runs.cut("unedited", runs.whole(1), LAST - 1), 1)
+    stored = Path(runs.url(name), "manifest.yaml")
+    plain = yaml.safe_load(stored.read_text())
+    plain["seed"] += 1
+    stored.write_text(yaml.safe_dump(plain))
+    said = runs.train(name, 1, f"seed={plain['seed']}", status=1)
+    assert f"{runs.at(name, LAST - 1)} was written under another manifest (digest " in said
+
+
 def test_a_name_that_is_taken_is_refused(runs: Runs) -> None:
     said = runs.train(runs.whole(1), 1, "batch=8", status=2)
     assert "was made by another manifest" in said and "batch: 4 -> 8" in said and "Traceback" not in said
