@@ -493,6 +493,17 @@ def test_a_keyframe_coded_once_leaves_motion_and_residual_to_the_frames_after_it
     assert torch.allclose(made[:, :, :1], alone, atol=1e-5), "it is neither moved nor mended"
 
 
+def test_the_residual_of_a_long_clip_is_that_of_its_windows() -> None:
+    recipe, x = recipe_of(window=9), footage(frames=14)
+    model = shaken(recipe)
+    residual = recipe.residual(model, x)
+    assert residual.shape[2] == 13
+    assert torch.allclose(residual[:, :, :8], model.decouple(x[:, :, :9]).residual_B3THW[:, :, 1:], atol=1e-5)
+    assert torch.allclose(residual[:, :, 8:], model.decouple(x[:, :, 8:]).residual_B3THW[:, :, 1:], atol=1e-5)
+    assert not torch.allclose(residual, model.decouple(x).residual_B3THW[:, :, 1:], atol=1e-2), "one keyframe for all"
+    assert recipe_of(window=1, overlap=0).residual(model, x) is None, "every frame is a keyframe"
+
+
 def window_of(model: nn.Module, x: Tensor) -> Tensor:
     frames = x.shape[2]
     filled = torch.cat((x, x[:, :, -1:].expand(-1, -1, -(frames - 1) % 4, -1, -1)), dim=2)

@@ -223,10 +223,17 @@ class DecoVaeRecipe:
 
     @torch.no_grad()
     def residual(self, model: nn.Module, pixels_BCTHW: Tensor) -> Tensor | None:
-        """r_t of frames 2 to T; None where nothing is decoupled."""
-        if self.config.components == "none" or pixels_BCTHW.shape[2] == 1:
+        """r_t of all frames but the keyframes, window by window as they are coded without further keyframes; None where
+        nothing is decoupled.
+        """
+        if self.config.components == "none":
             return None
-        return model.decouple(pixels_BCTHW).residual_B3THW[:, :, 1:]
+        found, first = [], 0
+        for count in _windows(pixels_BCTHW.shape[2], self.config.window, self.config.overlap):
+            found.append(model.decouple(pixels_BCTHW[:, :, first : first + count]).residual_B3THW[:, :, 1:])
+            first += count - self.config.overlap
+        residual_B3THW = torch.cat(found, dim=2)
+        return residual_B3THW if residual_B3THW.shape[2] else None
 
     @torch.no_grad()
     def pictures(self, model: nn.Module, pixels_BCTHW: Tensor) -> Mapping[str, Tensor]:
