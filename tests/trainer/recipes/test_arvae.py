@@ -282,6 +282,28 @@ def test_recomputing_activations_gives_the_same_gradients():
     assert all(torch.equal(kept, again) for kept, again in zip(*gradients, strict=True))
 
 
+@pytest.mark.nightly
+def test_graphs_that_are_compiled_do_not_grow_with_the_clip():
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    recipe = recipe_of()
+    eager, compiled = shaken(recipe), shaken(recipe)
+    compiled.compile(backend=count)
+    for frames, new in ((3, True), (5, True), (7, False)):
+        before, pixels = len(graphs), footage(frames=frames)
+        stage = stage_of(f"frames-{frames}", recipe)
+        made = recipe.step(compiled, batch_of(pixels, stage), stage, nn.ModuleDict())
+        expected = recipe.step(eager, batch_of(pixels, stage), stage, nn.ModuleDict())
+        assert made.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+        assert (len(graphs) > before) == new
+    torch._dynamo.reset()
+
+
 def test_the_loss_falls_from_an_uninformed_start():
     recipe = recipe_of(spynet=SMALL["spynet"] | {"start": "still"})
     model, stage = recipe.build(0), stage_of("frames-3", recipe)

@@ -14,7 +14,7 @@ Pixels lie in [-1, 1]; flows are in pixels of their own scale, float32, and poin
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -281,6 +281,14 @@ class Arvae(nn.Module):
         self.spatial_encoder = SpatialEncoder(config)
         self.temporal_decoder = TemporalDecoder(config)
         self.spatial_decoder = SpatialDecoder(config)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles what every frame goes through, not the loop over them: seven frames would be a graph seven times as
+        long, and stages of 3, 5 and 7 frames one each.
+        """
+        self.code_frame = torch.compile(self.code_frame, *args, **kwargs)
+        coder = self.first_frame
+        coder.encode, coder.decode = (torch.compile(f, *args, **kwargs) for f in (coder.encode, coder.decode))
 
     def encode_frame(self, x_B3HW: Tensor, previous_B3HW: Tensor) -> tuple[Tensor, Tensor]:
         """Equations 1 and 2: X_t and X̂_{t-1} -> T (B, C_1, H/r, W/r) and S (B, C_2, H/r, W/r)."""
