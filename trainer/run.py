@@ -7,6 +7,7 @@ import json
 import os
 import re
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -190,7 +191,7 @@ def _pin_weights(url: str, before: str | None) -> str:
     url = storage.absolute(url)
     if before is not None and storage.join(before, "").startswith(storage.join(url, "")):
         return before
-    return checkpoint.using(url, lambda found: found.url)
+    return checkpoint.using(url, lambda found: found.url, lambda text: print(f"warning: {text}", file=sys.stderr))
 
 
 def load(run_url: str, *, missing_ok: bool = False) -> RunManifest | None:

@@ -28,6 +28,7 @@ from trainer import checkpoint
 from trainer import engine as engines
 from trainer.checkpoint import Checkpoint, Checkpointer, Damaged, Fenced, Lease, Piece, Snapshot
 from trainer.engine import Engine
+from trainer.run import _pin_weights
 from trainer.signals import Signals
 
 BORDER = 3
@@ -505,6 +506,17 @@ def test_damaged_newest_falls_back_with_a_warning(run_url: str, how: str) -> Non
         checkpoint.load_weights(str(here))
     commit(run_url, (2,))
     assert resume(run_url) == (2, 2.0, [])
+
+
+def test_a_stage_that_takes_an_older_checkpoint_of_another_run_says_so(
+    run_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commit(run_url, (1, 2))
+    assert _pin_weights(run_url, None) == str(folder(run_url, 2)) and capsys.readouterr().err == ""
+    Path(folder(run_url, 2), "manifest.json").write_text("{}")
+    assert _pin_weights(run_url, None) == str(folder(run_url, 1))
+    said = capsys.readouterr().err
+    assert f"warning: {folder(run_url, 2)} is damaged" in said and "Taking the checkpoint before it" in said
 
 
 def test_run_whose_every_checkpoint_is_damaged_does_not_start_again(run_url: str) -> None:
