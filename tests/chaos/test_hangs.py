@@ -75,7 +75,7 @@ def test_a_rank_whose_data_does_not_come_is_named_by_the_other(silent_shard: Pat
         assert where in group.said, "with this seed the first clip of that shard is rank 1's, in step 1"
 
 
-@pytest.mark.parametrize("asked", [0, 1])
+@pytest.mark.parametrize("asked", [pytest.param(0, marks=pytest.mark.nightly), 1])
 def test_a_stop_is_heard_while_data_does_not_come(
     silent_shard: Path, small_dataset: Path, tmp_path: Path, asked: int
 ) -> None:
