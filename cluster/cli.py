@@ -26,6 +26,8 @@ LINE_SECONDS = 30.0
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 UNUSABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 """Of a path: faults of input."""
+FLAN_T5 = "google/flan-t5-large"
+"""What VideoVAE+ reads captions by."""
 app = typer.Typer(
     name="moviola",
     no_args_is_help=True,
@@ -63,7 +65,13 @@ Caption = Annotated[
     str | None, typer.Option("--caption", metavar="TEXT", help="What the video shows, for a model that reads text.")
 ]
 Encoder = Annotated[
-    str, typer.Option("--text-encoder", help="The T5 encoder that read the training captions: a folder or a hub name.")
+    str | None,
+    typer.Option(
+        "--text-encoder",
+        help="T5 encoder of the caption, a folder or a hub name; by default that of the run's captions, else "
+        "google/flan-t5-large.",
+        show_default=False,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
@@ -297,6 +305,8 @@ def _dry_run(wanted: Any, as_json: bool, rayjob: Any = None) -> None:
         plan.show(facts, out)
     for fault in run.data_faults(wanted):
         _warn(f"train would refuse this: {fault}")
+    for remark in run.remarks(wanted):
+        _warn(remark)
 
 
 @app.command()
@@ -453,7 +463,7 @@ def reconstruct(
     to: Annotated[str, typer.Argument(metavar="OUT.mp4", help="Where the mp4 goes.")],
     alone: Annotated[bool, typer.Option("--alone", help="The reconstruction alone, not beside the original.")] = False,
     caption: Caption = None,
-    text_encoder: Encoder = "google/flan-t5-large",
+    text_encoder: Encoder = None,
     sets: ModelSets = None,
     runs: Runs = "./runs",
     as_json: Json = False,
@@ -461,8 +471,9 @@ def reconstruct(
     """Encode and decode a video of any length in constant memory; an mp4 with the original on the left."""
     from trainer import codec as codecs
 
-    codec = codecs.load(_checkpoint(checkpoint, runs)[0], sets=sets or (), warn=_warn)
-    text = _text(codec, caption, text_encoder)
+    url = _checkpoint(checkpoint, runs)[0]
+    codec = codecs.load(url, sets=sets or (), warn=_warn)
+    text = _text(codec, url, caption, text_encoder)
     _coded(
         lambda show: codecs.reconstruct_file(codec, video, to, beside=not alone, progress=show, caption_emb_1LD=text),
         to, as_json,
@@ -490,7 +501,7 @@ def encode(
         str | None, typer.Option(metavar="HxW", help="Of a dataset: pixels; by default the codec's last stage's.")
     ] = None,
     caption: Caption = None,
-    text_encoder: Encoder = "google/flan-t5-large",
+    text_encoder: Encoder = None,
     sets: ModelSets = None,
     runs: Runs = "./runs",
     as_json: Json = False,
@@ -507,7 +518,7 @@ def encode(
                 f"encode CHECKPOINT VIDEO OUT.safetensors takes two paths; here are {len(paths)}", status=2
             )
         codec = codecs.load(url, sets=sets or (), warn=_warn)
-        text = _text(codec, caption, text_encoder)
+        text = _text(codec, url, caption, text_encoder)
         _coded(
             lambda show: codecs.encode_file(codec, paths[0], paths[1], show, caption_emb_1LD=text), paths[1], as_json
         )
@@ -580,7 +591,7 @@ def decode(
     latents: Annotated[str, typer.Argument(help="Latents that `moviola encode` wrote with the same weights.")],
     to: Annotated[str, typer.Argument(metavar="OUT.mp4", help="Where the mp4 goes.")],
     caption: Caption = None,
-    text_encoder: Encoder = "google/flan-t5-large",
+    text_encoder: Encoder = None,
     sets: ModelSets = None,
     runs: Runs = "./runs",
     as_json: Json = False,
@@ -588,20 +599,22 @@ def decode(
     """Decode latents to a video."""
     from trainer import codec as codecs
 
-    codec = codecs.load(_checkpoint(checkpoint, runs)[0], sets=sets or (), warn=_warn)
-    text = _text(codec, caption, text_encoder)
+    url = _checkpoint(checkpoint, runs)[0]
+    codec = codecs.load(url, sets=sets or (), warn=_warn)
+    text = _text(codec, url, caption, text_encoder)
     _coded(lambda show: codecs.decode_file(codec, latents, to, show, caption_emb_1LD=text), to, as_json)
 
 
-def _text(codec: Any, caption: str | None, encoder: str) -> Any:
+def _text(codec: Any, url: str, caption: str | None, encoder: str | None) -> Any:
     """The caption's embedding (1, L, D), None without one; raises InputError for a model that reads no text."""
     if caption is None:
         return None
     if getattr(codec.recipe.config, "text", None) is None:
         raise InputError(f"--caption: this {codec.recipe.name} reads no text; leave it out", status=2)
     from pipelines.captions import TextEncoder
+    from trainer import run as folder
 
-    return TextEncoder(encoder)([caption])[0][None]
+    return TextEncoder(encoder or folder.text_encoder(url) or FLAN_T5)([caption])[0][None]
 
 
 def _coded(work: Callable[[Callable[[int], None]], Any], to: str, as_json: bool) -> None:

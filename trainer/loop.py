@@ -28,12 +28,13 @@ from pipelines.contracts import derive
 from pipelines.faults import FaultBudget, InputError
 from trainer import adversary as adversaries
 from trainer import checkpoint
+from trainer import recipe as recipes
 from trainer.engine import Engine
 from trainer.examine import Examination
 from trainer.flops import FlopMeter
 from trainer.heartbeat import STEP, Heartbeat
 from trainer.manifest import LEAVE_SECONDS, RunManifest
-from trainer.run import Outcome, is_done, models_of
+from trainer.run import Outcome, is_done, models_of, remarks
 from trainer.signals import Signals, Wish
 from trainer.telemetry import Ledger, Telemetry, heard_last, newest_ledger, of_earlier_commands, read_lines, surviving
 
@@ -70,8 +71,12 @@ def seed_everything(seed: int, step: int, rank: int) -> None:
 
 
 def open_loader(manifest: RunManifest, world: World, budget: FaultBudget) -> loader.Loader:
-    """The run's data, refused by name where a dataset is missing, empty, or not the one that the run began with."""
-    data = manifest.data
+    """The run's data, refused by name where a dataset is missing, empty, or not the one that the run began with.
+
+    Captions are read for a recipe, or a teacher, that may make something of them.
+    """
+    data, stages = manifest.data, manifest.schedule.stages
+    reads = bool(recipes.caption_width(manifest.loaded_recipe)) or any(stage.teachers for stage in stages)
     opened = {ref.dataset: index.open_dataset(ref.dataset, expect=ref.digest) for ref in (*data.train, *data.images)}
     return loader.Loader(
         datasets=[(opened[ref.dataset], ref.weight) for ref in data.train],
@@ -88,6 +93,7 @@ def open_loader(manifest: RunManifest, world: World, budget: FaultBudget) -> loa
         memory_bytes=data.memory_mb << 20,
         timeout_seconds=data.timeout_seconds,
         budget=budget,
+        captions=reads,
     )
 
 
@@ -181,6 +187,8 @@ def _train(
         timeout=manifest.checkpoint.timeout_seconds, before_commit=telemetry.flush, committed=first or None,
     )  # fmt: skip
     clips = open_loader(manifest, world, telemetry.budget)
+    for remark in remarks(manifest) if world.rank == 0 else ():
+        warn(remark)
     if saved:
         clips.load_state_dict(saved.state["loader"])
     flops = FlopMeter()

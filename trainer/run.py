@@ -75,8 +75,8 @@ def same(run: RunManifest, runs: str) -> tuple[RunManifest, str]:
 
 
 def data_faults(run: RunManifest) -> list[str]:
-    """Datasets that are not there or damaged, those whose clips are too short for a stage or the evaluation, and
-    teachers that were trained on latents of other clips than their stage's.
+    """Datasets that are not there or damaged, those whose clips are too short for a stage or the evaluation or whose
+    captions the model can't read, and teachers that were trained on latents of other clips than their stage's.
     """
     refs = [(f"data.train.{i}.dataset", ref) for i, ref in enumerate(run.data.train)]
     refs += [(f"data.images.{i}.dataset", ref) for i, ref in enumerate(run.data.images)]
@@ -90,7 +90,7 @@ def data_faults(run: RunManifest) -> list[str]:
             continue
         if not run.holds:
             continue
-        if line := _other_kind(run.loaded_recipe, dataset):
+        if line := _other_kind(run.loaded_recipe, dataset) or _other_captions(run.loaded_recipe, dataset):
             faults.append(f"{field}: {ref.dataset}: {line}")
         elif field.startswith("data.train") and dataset.latents is None:
             stages = run.schedule.stages
@@ -143,6 +143,34 @@ def _other_kind(recipe: Recipe, dataset: index.Dataset) -> str | None:
             f"moviola encode CHECKPOINT --dataset {storage.redact(dataset.url)} DEST"
         )
     return None
+
+
+def _other_captions(recipe: Recipe, dataset: index.Dataset) -> str | None:
+    """Why the recipe can't read the dataset's captions; those that it reads none of may be of any width."""
+    read, stored = recipes.caption_width(recipe), dataset.caption_width
+    if not read or stored in (0, read):
+        return None
+    encoder = (dataset.card.model_extra or {}).get("text_encoder")
+    by = f" by {encoder}" if encoder else ""
+    return (
+        f"its captions are embedded in {stored} numbers a token{by}, and the model reads {read}. "
+        f"Embed them by its text encoder (moviola captions {storage.redact(dataset.url)} --text-encoder ENCODER), or "
+        "give the model that width"
+    )
+
+
+def remarks(run: RunManifest) -> list[str]:
+    """What may be so, and is hardly meant: a model that reads captions, and data without any."""
+    if not recipes.caption_width(run.loaded_recipe):
+        return []
+    with contextlib.suppress(InputError):  # of datasets that are not there, data_faults speaks
+        datasets = [index.open_dataset(storage.absolute(ref.dataset)) for ref in run.data.train]
+        if not any(dataset.caption_width for dataset in datasets):
+            return [
+                "the model reads captions, and data.train has none that are embedded: it learns its null token alone. "
+                f"Store them first: moviola captions {storage.redact(datasets[0].url)} --text-encoder ENCODER"
+            ]
+    return []
 
 
 def _too_short(card: index.Card, stage: Stage) -> str | None:
@@ -203,6 +231,17 @@ def load(run_url: str, *, missing_ok: bool = False) -> RunManifest | None:
             return None
         raise InputError(f"no run at {storage.redact(run_url)}; `moviola list` shows what there is", status=2) from None
     return manifest.validate(manifest.parse(text, run_url), run_url)
+
+
+def text_encoder(url: str) -> str | None:
+    """What embedded the captions that the run, or a checkpoint of it, was trained on; None where that is not known."""
+    with contextlib.suppress(InputError):
+        trained = load(_run_of(url))
+        for ref in trained.data.train if trained else ():
+            card = index.open_dataset(ref.dataset).card.model_extra or {}
+            if card.get("embeddings"):
+                return card.get("text_encoder")
+    return None
 
 
 def _run_of(url: str) -> str:

@@ -1,5 +1,8 @@
 """One name is one run: the same manifest goes on, another is refused, data that changed is refused by name."""
 
+import json
+import shutil
+
 import pytest
 import yaml
 
@@ -62,3 +65,15 @@ def test_a_missing_run_and_a_missing_dataset_are_named(plain, tmp_path):
         run.load(str(tmp_path / "absent"))
     with pytest.raises(InputError, match=r"dataset .*nowhere is not there"):
         _claim({**plain, "data": {"train": str(tmp_path / "nowhere")}}, tmp_path)
+
+
+def test_the_captions_encoder_is_known_by_the_run(plain, tmp_path, small_dataset):
+    assert run.text_encoder(_claim(plain, tmp_path)[1]) is None
+    told = shutil.copytree(small_dataset, tmp_path / "told")
+    plain_index = json.loads((told / "index.json").read_text())
+    plain_index["card"] |= {"text_encoder": "some/t5", "embeddings": {"width": 6, "clips": 12}}
+    (told / "index.json").write_text(json.dumps(plain_index))
+    mixed = [str(small_dataset), str(told)]
+    _, url = _claim({**plain, "name": "told", "data": {"train": mixed}}, tmp_path)
+    assert run.text_encoder(url) == run.text_encoder(f"{url}/checkpoints/step-00000001") == "some/t5"
+    assert run.text_encoder(str(tmp_path)) is None

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from pipelines import index
+from pipelines.faults import FaultBudget
 from tests.trainer.runs import Runs
-from trainer import checkpoint
+from trainer import checkpoint, loop, run
+from trainer import manifest as manifests
 from trainer.checkpoint import Checkpoint
 
 STEPS = {"video": 2, "joint": 4, "cross-modal": 2}
@@ -77,6 +79,36 @@ def runs(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     }  # fmt: skip
     (folder / "videovaeplus.json").write_text(json.dumps(plain))
     return Runs(folder, folder / "videovaeplus.json")
+
+
+def test_captions_that_the_model_cannot_read_or_that_are_not_there(runs: Runs, small_dataset: Path) -> None:
+    dataset = str(runs.folder / "data")
+    fits = manifests.load(runs.smoke)
+    assert run.data_faults(fits) == [] and run.remarks(fits) == []
+    (fault,) = run.data_faults(manifests.load(runs.smoke, ["model.text.width=8"]))
+    assert fault.startswith(f"data.train.0.dataset: {dataset}: its captions are embedded in 6 numbers a token, and the "
+                            "model reads 8. Embed them by its text encoder (moviola captions")  # fmt: skip
+    (fault,) = run.data_faults(manifests.load(runs.smoke, ["model.text.width=8", f"data.train={small_dataset}",
+                                                           f"data.eval={dataset}"]))  # fmt: skip
+    assert fault.startswith("data.eval: ")
+    silent = manifests.load(runs.smoke, [f"data.train={small_dataset}"])
+    (remark,) = run.remarks(silent)
+    assert "it learns its null token alone" in remark and run.data_faults(silent) == []
+
+
+def test_captions_are_fetched_where_a_model_reads_them(runs: Runs) -> None:
+    plain = json.loads(runs.smoke.read_text())
+    plain["stages"].pop("cross-modal")
+    deaf = manifests.validate({**plain, "model": {**plain["model"], "text": None}}, "m")
+    fetched = []
+    for manifest in (manifests.load(runs.smoke), deaf):
+        clips = loop.open_loader(manifest, loop.World(0, 1, torch.device("cpu")), FaultBudget())
+        _, (batch, *_) = next(clips.iter_from(0))
+        assert (batch.caption_emb_BLD is not None) == (manifest is not deaf)
+        clips.close()
+        fetched.append(clips.metrics.bytes_used)
+    assert fetched[0] > fetched[1]
+    assert run.data_faults(deaf) == [] and run.remarks(deaf) == []
 
 
 @pytest.mark.parametrize("zero", [2, *(pytest.param(zero, marks=pytest.mark.nightly) for zero in (1, 3))])
