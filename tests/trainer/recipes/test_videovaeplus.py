@@ -152,7 +152,7 @@ def test_build_is_a_function_of_the_seed_alone() -> None:
 # -- inheriting an image autoencoder ---------------------------------------------------------------------------------
 
 
-def image_vae(folder: Path, channels: int, quant: bool) -> Any:
+def image_vae(folder: Path, channels: int, quant: bool, **changes: Any) -> Any:
     """A small AutoencoderKL made through the same classes, its weights saved as the hub has them."""
     from trainer.losses import torchvision_ops  # noqa: F401  (before diffusers, which imports torchvision)
 
@@ -161,7 +161,7 @@ def image_vae(folder: Path, channels: int, quant: bool) -> Any:
     net = diffusers.AutoencoderKL(
         latent_channels=channels, block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        use_quant_conv=quant, use_post_quant_conv=quant,
+        use_quant_conv=quant, use_post_quant_conv=quant, **changes,
     )  # fmt: skip
     net.save_pretrained(folder / "vae")
     return net.eval()
@@ -213,6 +213,13 @@ def test_an_image_vae_of_another_shape_is_refused_by_field(tmp_path: Path) -> No
             recipe_of(weights={"source": str(tmp_path)}, **changes).build(0)
     with pytest.raises(InputError, match=r"model.weights: source .* can't be loaded as an AutoencoderKL"):
         recipe_of(weights={"source": str(tmp_path / "nowhere")}).build(0)
+    for subfolder in ({}, {"subfolder": ""}):
+        recipe_of(weights={"source": str(tmp_path / "vae"), **subfolder}).build(0)
+    image_vae(tmp_path, 4, True, mid_block_add_attention=False)
+    with pytest.raises(
+        InputError, match=r"another autoencoder: 20 of its weights .* first decoder.mid_block.attentions"
+    ):
+        recipe_of(weights={"source": str(tmp_path)}).build(0)
 
 
 # -- the model -------------------------------------------------------------------------------------------------------

@@ -25,9 +25,16 @@ def inherit(model: nn.Module, config: VideoVaePlusConfig) -> None:
     faults = list(_differences(net.config, config))
     if faults:
         raise InputError(f"model.weights: {config.weights.source} is another autoencoder: {'; '.join(faults)}")
-    own = dict(model.named_parameters())
+    own = {n: p for n, p in model.named_parameters() if "temporal" not in n and "text." not in n}
+    theirs = dict(net.named_parameters())
+    if odd := sorted(own.keys() ^ theirs.keys()):
+        raise InputError(
+            f"model.weights: {config.weights.source} is another autoencoder: {len(odd)} of its weights are not here or "
+            f"missing there, first {odd[0]}. Give one with the layers of Stable Diffusion's: DownEncoderBlock2D, "
+            "UpDecoderBlock2D, and an attention in the middle"
+        )
     with torch.no_grad():
-        for name, weight in net.named_parameters():
+        for name, weight in theirs.items():
             own[name].copy_(weight)
 
 
