@@ -804,6 +804,15 @@ def load_weights(
     return using(url, read, warn)
 
 
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """A digest of a model's whole weights and buffers: latents know by it which weights encoded them."""
+    total = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(weights.items()):
+        total.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        total.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
 @torch.no_grad()
 def assign(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Writes whole weights and buffers into a module; raises InputError naming what does not fit."""

@@ -12,7 +12,6 @@ Legend: C channels (3, RGB), T frames, H height, W width.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -87,11 +86,7 @@ class Codec:
 
     def digest(self) -> str:
         """A digest of the weights: latents are decoded by the weights that encoded them, and no others."""
-        total = hashlib.blake2b(digest_size=16)
-        for name, tensor in sorted(self.model.state_dict().items()):
-            total.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            total.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return total.hexdigest()
+        return checkpoint.weights_digest(self.model.state_dict())
 
     def _pad(self, chunk_1CTHW: Tensor) -> Tensor:
         *_, height, width = chunk_1CTHW.shape

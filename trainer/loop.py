@@ -34,7 +34,7 @@ from trainer.examine import Examination
 from trainer.flops import FlopMeter
 from trainer.heartbeat import STEP, Heartbeat
 from trainer.manifest import LEAVE_SECONDS, RunManifest
-from trainer.run import Outcome, is_done, models_of, remarks
+from trainer.run import Outcome, is_done, models_of, remarks, strangers
 from trainer.signals import Signals, Wish
 from trainer.telemetry import Ledger, Telemetry, heard_last, newest_ledger, of_earlier_commands, read_lines, surviving
 
@@ -277,7 +277,11 @@ def _train(
                         engine.next_stage(stage, spec)
                         adversary = adversaries.enter(adversary, manifest, step, world.device)
                     if stage.init_from is not None:
-                        engine.load(checkpoint.load_weights(stage.init_from, ema=None if stage.init_average else False))
+                        weights = checkpoint.load_weights(stage.init_from, ema=None if stage.init_average else False)
+                        engine.load(weights)
+                        for remark in strangers(stage, weights) if world.rank == 0 else ():
+                            warn(remark)
+                        del weights
                 telemetry.event("stage", step=step, stage=stage.name)
             rate = spec.rate(within, stage.steps)
             seed_everything(manifest.seed, step, world.rank)

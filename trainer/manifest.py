@@ -290,11 +290,7 @@ class RunManifest(_Part):
         where that can be opened.
         """
         kind = recipes.load(self.recipe)
-        model = dict(self.model)
-        if "latents" in kind.Config.model_fields and model.get("latents") is None:
-            with contextlib.suppress(InputError):
-                model["latents"] = index.open_dataset(storage.absolute(self.data.train[0].dataset)).latents
-        return kind(kind.Config.model_validate(model))
+        return kind(kind.Config.model_validate(_with_layout(kind, self.model, self.data.train[0].dataset)))
 
     @cached_property
     def holds(self) -> bool:
@@ -349,6 +345,15 @@ class RunManifest(_Part):
     def digest(self) -> str:
         """Short digest of ``identity``."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _with_layout(kind: type[recipes.Recipe], model: Mapping[str, Any], dataset: Any) -> dict[str, Any]:
+    """A recipe's configuration with the layout of the latents that it trains on, where the dataset can be opened."""
+    made = dict(model)
+    if "latents" in kind.Config.model_fields and made.get("latents") is None and isinstance(dataset, str):
+        with contextlib.suppress(InputError, OSError, ValueError):  # of a dataset that is none, others speak
+            made["latents"] = index.open_dataset(storage.absolute(dataset)).latents
+    return made
 
 
 def resolve_stages(manifest: RunManifest) -> tuple[Stage, ...]:
@@ -407,13 +412,17 @@ def load(
 def named_datasets(source: str) -> list[str]:
     """The datasets that a faulty manifest names, as far as it can be read."""
     try:
-        data = parse(strict_yaml.read(source, "manifest"), source).get("data")
+        plain = parse(strict_yaml.read(source, "manifest"), source)
     except InputError:
         return []
-    data = data if isinstance(data, dict) else {}
-    refs = [ref for name in ("train", "images", "eval") for ref in _as_refs(data.get(name))]
-    urls = [ref["dataset"] for ref in refs if isinstance(ref, dict) and isinstance(ref.get("dataset"), str)]
-    return list(dict.fromkeys(urls))
+    return list(dict.fromkeys(url for name in ("train", "images", "eval") for url in _datasets(plain, name)))
+
+
+def _datasets(plain: Mapping[str, Any], name: str) -> list[str]:
+    """The URLs of a field of ``data``, as far as it can be read."""
+    data = plain.get("data")
+    refs = _as_refs(data.get(name)) if isinstance(data, dict) else []
+    return [ref["dataset"] for ref in refs if isinstance(ref, dict) and isinstance(ref.get("dataset"), str)]
 
 
 def validate(plain: Mapping[str, Any], where: str, judge: Judge | None = None) -> RunManifest:
@@ -543,8 +552,11 @@ def _recipe_faults(name: str, plain: Mapping[str, Any]) -> list[str]:
         if meant is None:
             return faults
         kind, name = recipes.load(meant), meant
+    given = plain.get("model") or {}
+    if isinstance(given, Mapping):
+        given = _with_layout(kind, given, next(iter(_datasets(plain, "train")), None))
     try:
-        config = kind.Config.model_validate(plain.get("model") or {})
+        config = kind.Config.model_validate(given)
     except ValidationError as error:
         faults += _explain(error, kind.Config, prefix="model.")
         try:
@@ -842,7 +854,10 @@ def _line(path: list[str], fault: Any, model: type[BaseModel], prefix: str) -> s
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] in IN_WORDS:
         message = IN_WORDS[fault["type"]].format(**fault.get("ctx", {}))
-    shown = storage.redact(json.dumps(fault["input"], default=str))
+    given = fault["input"]
+    if isinstance(given, Mapping):  # what the user wrote, without a layout that was added to it
+        given = {key: value for key, value in given.items() if not isinstance(value, BaseModel)}
+    shown = storage.redact(json.dumps(given, default=str))
     return f"{place.rstrip('.') or 'manifest'}: {shown[:80]}: {message[0].lower()}{message[1:]}"
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from pipelines import index, storage
 from pipelines.faults import InputError
@@ -205,21 +205,26 @@ def _pin(run: RunManifest, stored: RunManifest | None) -> RunManifest:
     for name, stage in plain["stages"].items():
         before = stored.resolved()["stages"].get(name, {}) if stored is not None else {}
         if stage["init_from"] and stage["steps"]:
-            stage["init_from"] = _pin_weights(stage["init_from"], before.get("init_from"))
+            field = f"stages.{name}.init_from"
+            stage["init_from"] = _pin_weights(field, stage["init_from"], before.get("init_from"))
         for teacher, url in stage["teachers"].items() if stage["steps"] else ():
-            stage["teachers"][teacher] = _pin_weights(url, before.get("teachers", {}).get(teacher))
+            field = f"stages.{name}.teachers.{teacher}"
+            stage["teachers"][teacher] = _pin_weights(field, url, before.get("teachers", {}).get(teacher))
     if run.data.eval:
         plain["data"]["eval"] = storage.absolute(run.data.eval)
         index.open_dataset(plain["data"]["eval"])
     return manifest.validate(plain, f"run {run.name}")
 
 
-def _pin_weights(url: str, before: str | None) -> str:
-    """The checkpoint that a stage takes: of a run the newest one, or the one that was pinned ``before``."""
+def _pin_weights(field: str, url: str, before: str | None) -> str:
+    """The checkpoint that a stage's field names: of a run the newest one, or the one that was pinned ``before``."""
     url = storage.absolute(url)
     if before is not None and storage.join(before, "").startswith(storage.join(url, "")):
         return before
-    return checkpoint.using(url, lambda found: found.url, lambda text: print(f"warning: {text}", file=sys.stderr))
+    try:
+        return checkpoint.using(url, lambda found: found.url, lambda text: print(f"warning: {text}", file=sys.stderr))
+    except InputError as error:
+        raise InputError(f"{field}: {error}", status=error.status) from None
 
 
 def load(run_url: str, *, missing_ok: bool = False) -> RunManifest | None:
@@ -303,6 +308,23 @@ def models_of(recipe: Recipe, stage: Stage) -> dict[str, nn.Module]:
         except InputError as error:
             raise InputError(f"stages.{stage.name}.teachers.{name}: {error}", status=error.status) from None
     return models
+
+
+def strangers(stage: Stage, weights: Mapping[str, Tensor]) -> list[str]:
+    """Latent diffusion models among the stage's teachers whose latents other weights encoded than those it starts from:
+    their shapes fit, and what they predict says nothing to this decoder.
+    """
+    found = []
+    for name, url in stage.teachers.items():
+        teacher = load(_run_of(url))
+        if teacher and recipes.samples(teacher.loaded_recipe):
+            told, mine = teacher.loaded_recipe.layout.codec["weights"], checkpoint.weights_digest(weights)
+            if told != mine:
+                found.append(
+                    f"stages.{stage.name}.teachers.{name}: its latents were encoded by other weights ({told[:12]}) "
+                    f"than those of init_from ({mine[:12]}). That is right where only the decoder was trained since"
+                )
+    return found
 
 
 def claim_together(run: RunManifest, runs: str, rank: int) -> tuple[RunManifest, str]:

@@ -110,6 +110,17 @@ def test_the_run_knows_its_latents_by_itself(dit: Runs, latents: Path) -> None:
     assert facts["memory"][0]["activations"] > 0 and facts["data"]["clips_stored"] == 36
 
 
+def test_a_model_that_does_not_fit_its_latents_is_a_fault_of_the_manifest(dit: Runs) -> None:
+    with pytest.raises(
+        InputError, match=r"model: \{.*\}: patch is 3; it does not divide the 2 x 2 x 2 cells of latent"
+    ):
+        manifests.load(dit.smoke, ["model.patch=3"])
+    with pytest.raises(
+        InputError, match=r"2 faults(.|\n)*batch: 0: (.|\n)*model: .* latents of 3 token axes need heads"
+    ):
+        manifests.load(dit.smoke, ["model.heads=6", "batch=0"])
+
+
 @pytest.mark.parametrize(("world", "zero"), [(2, 3), (1, 1)])
 def test_it_goes_on_from_a_checkpoint_at_any_world_size(dit: Runs, world: int, zero: int) -> None:
     name = dit.cut(f"again-{world}", "dit", 2)
@@ -215,6 +226,24 @@ def test_the_predictor_counts(post: Runs, dit: Runs) -> None:
     assert not same.training and not any(p.requires_grad for p in same.parameters())
 
 
+def test_a_predictor_of_other_weights_latents_is_said(post: Runs, codec: Runs) -> None:
+    stage = run.load(post.url("post")).schedule.stages[0]
+    assert run.strangers(stage, checkpoint.load_weights(codec.url("onedva"), ema=True)) == []
+    assert not [line for line in post.lines("post", "events") if line["event"] == "warning"]
+    said = (
+        r"stages.post.teachers.predictor: its latents were encoded by other weights \(\w{12}\) than those of init_from"
+    )
+    (told,) = run.strangers(stage, checkpoint.load_weights(codec.url("onedva"), ema=False))
+    assert re.match(said, told)
+
+
+@pytest.mark.nightly
+def test_a_run_says_so_when_it_starts_from_other_weights(post: Runs, codec: Runs) -> None:
+    post.train("strange", 1, f"stages.post.init_from={codec.url('onedva')}/checkpoints/step-00000001")
+    (told,) = (line["message"] for line in post.lines("strange", "events") if line["event"] == "warning")
+    assert told.startswith("stages.post.teachers.predictor: its latents were encoded by other weights")
+
+
 def test_post_training_goes_on_bit_identical(post: Runs) -> None:
     name = post.cut("post-again", "post", 1)
     post.train(name, 2, "zero.stage=2")
@@ -223,7 +252,8 @@ def test_post_training_goes_on_bit_identical(post: Runs) -> None:
 
 def test_teachers_that_are_missing_or_of_no_use_are_said(post: Runs, codec: Runs, tmp_path: Path) -> None:
     said = post.train("lost", 1, f"teachers.predictor={tmp_path}/absent", status=2)
-    assert "absent" in said and "Traceback" not in said
+    assert f"stages.post.teachers.predictor: {tmp_path}/absent holds no committed checkpoint" in said
+    assert "Traceback" not in said
     said = post.train("none", 1, "teachers={}", status=2)
     assert "stages.post.teachers.predictor: missing, and this stage trains on predicted latents" in said
     said = codec.train("odd", 1, f"stages.adaptive.teachers.predictor={tmp_path}", status=2)
