@@ -113,6 +113,12 @@ def evaluate_checkpoint(
     recipe = codec_of(trained.recipe, storage.redact(url))
     rule, size = fixed_rule(trained.manifest, frames)
     dataset = index.open_dataset(dataset_url)
+    if dataset.latents is not None:
+        raise InputError(
+            f"{storage.redact(dataset_url)} holds latents, and a codec is measured on videos. Name the dataset that "
+            "they were encoded from",
+            status=2,
+        )
     spec = PerceptualSpec.model_validate(lpips or {"backbone": "alex", "weights": "random"})
     codec = Codec(recipe, trained.model, device=device)
     report = evaluate(

@@ -176,6 +176,8 @@ def test_what_needs_a_codec_refuses_it(dit: Runs, codec: Runs, latents: Path, sm
         codecs.load(url)
     with pytest.raises(InputError, match=said):
         examine.evaluate_checkpoint(url, str(small_dataset))
+    with pytest.raises(InputError, match="holds latents, and a codec is measured on videos"):
+        examine.evaluate_checkpoint(codec.url("onedva"), str(latents))
     with pytest.raises(InputError, match=r"onedva is a codec \(recipe onedva\), and samples are drawn from a latent"):
         sampling.load(codec.url("onedva"))
     wrong = dit.train("evaluated", 1, f"data.eval={small_dataset}", status=2)
