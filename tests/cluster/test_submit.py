@@ -140,6 +140,23 @@ def test_clips_that_are_too_short_for_a_stage(plain):
     assert folder.data_faults(manifest_of(plain, stages=stages)) == []
 
 
+def test_a_store_that_does_not_answer_is_waited_for_once(plain, monkeypatch):
+    asked: list[str] = []
+
+    def opened(url, **_):
+        asked.append(url)
+        raise folder.storage.Unreachable("gave up after 8 attempts")
+
+    run = manifest_of(plain, data={"train": ["s3://b/a", "s3://b/c"], "eval": "s3://b/d"})
+    monkeypatch.setattr(folder.index, "open_dataset", opened)
+    assert folder.data_faults(run) == [
+        "data.train.0.dataset: gave up after 8 attempts",
+        "data.train.1.dataset: s3://b/c: not looked at, since the object store does not answer",
+        "data.eval: s3://b/d: not looked at, since the object store does not answer",
+    ]
+    assert asked == ["s3://b/a"]
+
+
 def test_videos_for_a_recipe_that_trains_on_latents(small_dataset):
     plain = yaml.safe_load((ROOT / "manifests/latentdit_smoke.yaml").read_text())
     (told,) = submit.judge(manifest_of(plain, data={"train": str(small_dataset)}), "runs", "local")
