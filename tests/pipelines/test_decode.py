@@ -21,6 +21,7 @@ from pipelines import decode
 from pipelines.container import probe, turns_of
 from pipelines.decode import Video, open_video
 from pipelines.faults import Skip
+from tests.pipelines.footage import AV1
 
 FORMATS = {"mp4": "mp4", "mkv": "matroska", "avi": "avi", "mpg": "mpeg", "flv": "flv"}
 
@@ -78,7 +79,7 @@ VIDEOS = {
     "mpeg-4 in avi": moving(suffix="avi", codec="mpeg4", g="12", bf="2"),
     "mpeg-2 program stream": moving(suffix="mpg", codec="mpeg2video", g="12", bf="2"),
     "flash": moving(suffix="flv", g="12", bf="2"),
-    "av1": moving(codec="libsvtav1", g="12"),
+    "av1": AV1.read_bytes(),
     "vp8 with hidden frames": moving(suffix="mkv", codec="libvpx", **{"auto-alt-ref": "1", "lag-in-frames": "16"}),
     "a width that vectors don't divide": moving(size=(50, 70)),
     "odd planes": moving(size=(48, 84)),
