@@ -12,7 +12,7 @@ from pipelines.synthetic import footage
 
 REAL = Path(os.environ.get("MOVIOLA_FOOTAGE", "../shared/data/videos"))
 AV1 = Path(__file__).with_name("av1.mp4")
-"""40 frames of 64 x 48 by SVT-AV1 4.1, a keyframe every 12. Kept, as two of its encoders at a time may spin for ever."""
+"""40 frames of 64 x 48 by SVT-AV1, a keyframe every 12. Kept, as two of its encoders at a time may spin for ever."""
 needs_real = pytest.mark.skipif(not (REAL / "MANIFEST.tsv").exists(), reason=f"no real footage at {REAL}")
 
 
