@@ -4,35 +4,56 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from pipelines import synthetic
 from pipelines.pack import pack
 from pipelines.rules import Card, PackRules
 
 ROOT = Path(__file__).parents[1]
+RAY = (
+    "chaos/test_elastic",
+    "cluster/test_foreground",
+    "cluster/test_ray_cluster",
+    "real/test_prometheus",
+    "test_readme",
+)
+"""Files that start a Ray."""
 FIRST = ("tests/chaos", "tests/trainer", "tests/cluster", "tests/real")
 """Folders whose tests take longest, in the order in which they begin."""
 
 
+class _ByFile(LoadScopeScheduling):
+    """Tests of one file run in one process, and so do all that start a Ray, one at a time, and all of real services.
+
+    (pytest-xdist's ``loadgroup`` names groups in the tests' ids, which pytest 9.2 no longer takes.)
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.split("::")[0]
+        if path in RAY:
+            return "ray"
+        return "real" if path.startswith("tests/real/") else path
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Processes are given whole files."""
+    return _ByFile(config, log)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Who starts a Ray begins first, one at a time; files whose tests take long come before the rest.
-
-    Tests of one file run in one process, and so do those that share a real service.
-    """
-    for item in items:
-        path = item.path.relative_to(ROOT)
-        group = "ray" if item.get_closest_marker("ray") else "real" if path.parent.name == "real" else str(path)
-        item.add_marker(pytest.mark.xdist_group(group))
+    """Who starts a Ray begins first; files whose tests take long come before the rest."""
     items.sort(key=_turn)
 
 
 def _turn(item: pytest.Item) -> int:
-    if item.get_closest_marker("ray"):
-        return 0
     path = str(item.path.relative_to(ROOT))
+    if path in RAY:
+        return 0
     return 1 + next((turn for turn, folder in enumerate(FIRST) if path.startswith(folder)), len(FIRST))
 
 
