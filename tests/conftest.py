@@ -14,13 +14,13 @@ from pipelines.pack import pack
 from pipelines.rules import Card, PackRules
 
 ROOT = Path(__file__).parents[1]
-RAY = (
-    "chaos/test_elastic",
-    "cluster/test_foreground",
-    "cluster/test_ray_cluster",
-    "real/test_prometheus",
-    "test_readme",
-)
+RAY = {
+    "tests/chaos/test_elastic.py",
+    "tests/cluster/test_foreground.py",
+    "tests/cluster/test_ray_cluster.py",
+    "tests/real/test_prometheus.py",
+    "tests/test_readme.py",
+}
 """Files that start a Ray."""
 FIRST = ("tests/chaos", "tests/trainer", "tests/cluster", "tests/real")
 """Folders whose tests take longest, in the order in which they begin."""
