@@ -512,9 +512,9 @@ def test_a_stage_that_takes_an_older_checkpoint_of_another_run_says_so(
     run_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commit(run_url, (1, 2))
-    assert _pin_weights(run_url, None) == str(folder(run_url, 2)) and capsys.readouterr().err == ""
+    assert _pin_weights("init_from", run_url, None) == str(folder(run_url, 2)) and capsys.readouterr().err == ""
     Path(folder(run_url, 2), "manifest.json").write_text("{}")
-    assert _pin_weights(run_url, None) == str(folder(run_url, 1))
+    assert _pin_weights("init_from", run_url, None) == str(folder(run_url, 1))
     said = capsys.readouterr().err
     assert f"warning: {folder(run_url, 2)} is damaged" in said and "Taking the checkpoint before it" in said
 
