@@ -96,9 +96,9 @@ def inspect(manifest: RunManifest, run_url: str) -> None:
     """Raises InputError with all that the cluster lacks; what an autoscaler may still bring is only a warning."""
     import ray
 
+    facts = plan.dry_run(manifest)  # before Ray unpacks the working directory anew: torch's compiler asks for it
     ray.init(log_to_driver=False, logging_level="ERROR")
     try:
-        facts = plan.dry_run(manifest)
         faults = list(_machines(manifest, ray.nodes(), run_url)) + list(_probed(manifest, facts, run_url))
     finally:
         ray.shutdown()
