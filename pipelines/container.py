@@ -120,4 +120,4 @@ def sane(height: int, width: int, frames: int, name: str) -> None:
 
 def brief(error: Exception) -> str:
     """An error's text on one line, of 160 characters at most."""
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    return " ".join(str(getattr(error, "strerror", None) or error).split())[:160] or type(error).__name__

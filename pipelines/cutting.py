@@ -33,7 +33,7 @@ from av.video.reformatter import ColorRange
 from numpy.typing import NDArray
 
 from pipelines import storage
-from pipelines.container import opened, turns
+from pipelines.container import brief, opened, turns
 from pipelines.faults import InputError, Skip
 from pipelines.rules import PackRules
 from pipelines.shots import Thumbnail, motion, shots, thumbnail
@@ -122,7 +122,7 @@ def cut(
     except FileNotFoundError:
         raise _gone(footage) from None
     except (av.error.FFmpegError, ValueError, OSError) as error:
-        raise Skip("unreadable", f"{footage.name}: {_brief(error)}") from None
+        raise Skip("unreadable", f"{footage.name}: {brief(error)}") from None
     if not found:
         raise Skip("short", f"{footage.name}: no shot of {rules.least_frames} frames; lower least_frames to keep it")
 
@@ -604,10 +604,6 @@ def told(sidecar: Any) -> str:
     """The caption that a parsed .json sidecar holds: its "caption", else its "text"; empty where it has none."""
     found = [sidecar.get(name) for name in ("caption", "text")] if isinstance(sidecar, dict) else []
     return next((text.strip() for text in found if isinstance(text, str) and text.strip()), "")
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(getattr(error, "strerror", None) or error).split())[:160] or type(error).__name__
 
 
 def main() -> None:
