@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import ipaddress
 import json
 import math
 import shlex
@@ -117,10 +118,17 @@ MISSING = (
 )
 
 
+def loopback(host: str) -> bool:
+    """Whether nobody but this machine, or this pod, is behind the name or address."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
 def scraped(manifest: RunManifest) -> RunManifest:
     """With metrics on the pod's network, at a known port, where they would be on loopback: a PodMonitor reads them."""
     telemetry = manifest.telemetry
-    bind = "0.0.0.0" if telemetry.bind == "localhost" or telemetry.bind.startswith("127.") else telemetry.bind
+    bind = "0.0.0.0" if loopback(telemetry.bind) else telemetry.bind
     pod = telemetry.model_copy(update={"bind": bind, "port": telemetry.port or METRICS_PORT})
     return manifest.model_copy(update={"telemetry": pod})
 

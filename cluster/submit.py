@@ -6,7 +6,6 @@ What is to be run lies on the run's storage before anything is asked to run it; 
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import os
 import re
 import secrets
@@ -239,7 +238,7 @@ def _places(manifest: RunManifest, runs_url: str, target: str) -> Iterator[str]:
     places += [
         (f"stages.{stage.name}.teachers.{name}", url) for stage in stages for name, url in stage.teachers.items()
     ]
-    near_by = target != "kubernetes" and _loopback(urlsplit(target).hostname or "")
+    near_by = target != "kubernetes" and kubernetes.loopback(urlsplit(target).hostname or "")
     for field, url in places:
         if re.search(r"://[^/\s]*@", url):
             yield (
@@ -266,7 +265,7 @@ def _places(manifest: RunManifest, runs_url: str, target: str) -> Iterator[str]:
                 f"{name}: {storage.redact(endpoint)}: keys in an endpoint would stand in the cluster's list of jobs. "
                 "Give the cluster's machines keys or a role of their own"
             )
-        if near_by or not _loopback(urlsplit(endpoint).hostname or ""):
+        if near_by or not kubernetes.loopback(urlsplit(endpoint).hostname or ""):
             continue
         yield (
             f"{name}: {storage.redact(endpoint)}: this machine's loopback, where the cluster's machines "
@@ -309,12 +308,6 @@ def disk_faults(manifest: RunManifest, checkpoint_bytes: int, url: str, free: in
             f"checkpoint.keep: {keep}: that many checkpoints and one in the making take {_size(kept)}, and {url} has "
             f"{_size(free)} free. Lower it, or name another folder (--runs)"
         )
-
-
-def _loopback(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
 
 
 def host_bytes(manifest: RunManifest, memory: Mapping[str, Any]) -> int:
