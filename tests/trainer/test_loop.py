@@ -167,7 +167,6 @@ def test_a_stage_starts_from_another_runs_weights(runs: Runs) -> None:
         same(runs, name, "from-run")
 
 
-@pytest.mark.nightly
 def test_torchrun_restarts_the_group(runs: Runs) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with subprocess.Popen(
