@@ -319,7 +319,7 @@ def schema() -> None:
 
 @app.command("list")
 def list_runs(runs: Runs = "./runs", as_json: Json = False) -> None:
-    """All runs of a folder: state, stage, step, loss, goodput."""
+    """All runs of a folder: state, stage, step, loss, speed, goodput."""
     from cluster import runs as known
     from trainer import run
 
@@ -335,11 +335,14 @@ def list_runs(runs: Runs = "./runs", as_json: Json = False) -> None:
     if not found:
         err.print(f"no runs in {storage.redact(runs)}")
     table = Table()
-    for title in ("run", "state", "attempt", "stage", "step", "loss", "last commit", "restarts", "goodput"):
+    titles = "run", "state", "attempt", "stage", "step", "loss", "clips/s", "left", "commit", "restarts", "goodput"
+    for title in titles:
         table.add_column(title, overflow="fold")
     for s in found:
-        table.add_row(*_cells(s.name, s.state, s.attempt, s.stage, f"{s.step}/{s.steps}", s.loss, s.last_commit_step,
-                              s.restarts, None if s.goodput is None else f"{s.goodput:.1%}"))  # fmt: skip
+        left = None if s.seconds_left is None else known.clock(s.seconds_left)
+        goodput = None if s.goodput is None else f"{s.goodput:.1%}"
+        table.add_row(*_cells(s.name, s.state, s.attempt, s.stage, f"{s.step}/{s.steps}", s.loss, s.clips_per_second,
+                              left, s.last_commit_step, s.restarts, goodput))  # fmt: skip
     if found:
         out.print(table)
 
