@@ -39,6 +39,7 @@ RAY_DEFAULTS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_worker_niceness": "0",  # training is what the machine is for
+    "RAY_prestart_worker_first_driver": "0",  # all of ours have an environment of their own, which those lack
 }
 """Environment of an embedded Ray on CPU: quick to see a death, quick to start. What the user has set stays."""
 
@@ -106,7 +107,7 @@ def _embedded_ray(manifest: RunManifest) -> Iterator[str]:
     root = tempfile.gettempdir()
     with _folder(root if len(root) < 32 else "/tmp") as folder:  # sockets with longer paths are refused
         try:
-            with _deaf():
+            with _deaf(), _lean():
                 ray.init(
                     address="local",
                     num_cpus=max(os.cpu_count() or 1, int(needed + 0.999)),
@@ -127,7 +128,31 @@ def _embedded_ray(manifest: RunManifest) -> Iterator[str]:
         try:
             yield folder
         finally:
-            ray.shutdown()
+            with _lean():
+                ray.shutdown()
+
+
+@contextlib.contextmanager
+def _lean() -> Iterator[None]:
+    """What ``ray.init`` and ``ray.shutdown`` take no arguments for: our start of workers, no process for logs and none
+    for an autoscaler, and no second of waiting for each process to hear a SIGTERM that is blocked (:func:`_deaf`).
+    """
+    from ray._private import node, parameter
+
+    class Parameters(parameter.RayParams):
+        def __init__(self, **given: Any) -> None:
+            setup_worker = str(Path(__file__).with_name("setup_worker.py"))
+            super().__init__(**given, setup_worker_path=setup_worker, include_log_monitor=False, no_monitor=True)
+
+    def kill(self: Any, allow_graceful: bool = False, **how: bool) -> None:
+        node_kill(self, **how)
+
+    rays, node_kill = parameter.RayParams, node.Node.kill_all_processes
+    parameter.RayParams, node.Node.kill_all_processes = Parameters, kill
+    try:
+        yield
+    finally:
+        parameter.RayParams, node.Node.kill_all_processes = rays, node_kill
 
 
 @contextlib.contextmanager
@@ -168,14 +193,24 @@ def fit(manifest: RunManifest, run_url: str, launch: str, scratch: str) -> Outco
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
     from ray.train.v2.api.config import LoggingConfig
 
+    from cluster import spare
     from cluster.recorder import Recorder
     from cluster.worker import work
 
+    class Trainer(TorchTrainer):
+        """Without processes that an embedded Ray and a run without Ray Data have no use for."""
+
+        def _create_default_callbacks(self) -> list[Any]:
+            return [kept for kept in super()._create_default_callbacks() if not isinstance(kept, unused)]
+
+    unused = (DatasetsCallback,) if os.environ.get("RAY_ADDRESS") else (DatasetsCallback, PlacementGroupCleanerCallback)
     workers, failure = manifest.workers, manifest.failure
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
-    trainer = TorchTrainer(
+    trainer = Trainer(
         work,
         train_loop_config={"manifest": manifest.resolved(), "run_url": run_url, "launch": launch},
         torch_config=TorchConfig(
@@ -194,6 +229,7 @@ def fit(manifest: RunManifest, run_url: str, launch: str, scratch: str) -> Outco
                 max_failures=failure.max_failures,
                 max_preemption_failures=-1 if failure.max_preemptions == "unlimited" else failure.max_preemptions,
             ),
+            worker_runtime_env={"env_vars": spare.HOOK},
             callbacks=[Recorder(run_url, failure.grace_seconds, workers.resize_seconds)],
             logging_config=LoggingConfig(log_level="ERROR"),
         ),

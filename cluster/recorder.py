@@ -15,6 +15,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Worker
 from ray.train.v2._internal.execution.controller.state import ResizingState, RestartingState, RunningState
 from ray.train.v2.api.preemption import PreemptionInfo
 
+from cluster import spare
 from cluster.events import Follower, note
 from pipelines import storage
 from pipelines.faults import InputError
@@ -41,6 +42,7 @@ class Recorder(ControllerCallback, WorkerGroupCallback):
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Ray Train's hook."""
         self._group = worker_group
+        spare.ask_later()
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         """Ray Train's hook; what it raises ends the run, without a restart."""

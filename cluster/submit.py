@@ -34,7 +34,7 @@ PACKAGES = ("pipelines", "trainer", "cluster")
 PASSED_ON = ("MOVIOLA_S3_ENDPOINT", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 """Variables that a cluster's workers get from here. Keys are none of them: a cluster has its own, or roles."""
 PROCESS_BYTES = 3 << 30
-"""Python, torch and DeepSpeed of one rank, beside data and state."""
+"""Python, torch and DeepSpeed of one rank and of its spare, beside data and state."""
 SCRATCH_BYTES = 2 << 30
 """A pod's scratch, beside the model's weights from a hub: Ray's logs, TensorBoard's files, the networks of losses."""
 FASTEST_BYTES_PER_SECOND = 1 << 30

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 
+from cluster import spare
 from pipelines import storage
 from pipelines.faults import InputError
 
@@ -51,7 +52,7 @@ def work(config: dict[str, Any]) -> str:
         grace = manifest.failure.grace_seconds
         return loop.train(
             manifest, run_url, loop.World.current(device), launch=config["launch"],
-            on_start=lambda signals: _listen(signals, grace),
+            on_start=lambda signals: (_listen(signals, grace), spare.ask_later()),
         )  # fmt: skip
     except InputError:
         raise

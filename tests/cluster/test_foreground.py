@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckTimeoutError
@@ -133,6 +134,31 @@ def test_a_run_survives_all_of_it_and_every_clip_is_trained_on_once(small_datase
         assert os.listdir(scratch) == [], "nothing of Ray stays behind"
         assert Command(typed[1:], scratch, tmp_path).end()[0] == 0
         assert runs.status(run_url).state == "done" and len(starts()) == 3
+
+
+@pytest.mark.nightly
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_killed_worker_is_replaced_by_processes_that_waited(small_dataset, tmp_path, scratch):
+    arguments = [*typed_for(small_dataset, tmp_path / "runs"), "--set", "stages.frames-3.steps=4000"]
+    run_url = str(tmp_path / "runs" / "tried")
+
+    def starts():
+        return [event for event in runs.events(run_url) if event["event"] == "start"]
+
+    def spares():
+        idle = [p for p in psutil.process_iter(["name", "environ"]) if p.info["name"] == "ray::IDLE"]
+        return {p.pid for p in idle if scratch in (p.info["environ"] or {}).get("TMPDIR", "")}
+
+    with Command(arguments, scratch, tmp_path) as command:
+        command.until(starts)
+        ready = command.until(lambda: found if len(found := spares()) == 3 else None)
+        os.kill(starts()[0]["workers"][0]["pid"], signal.SIGKILL)
+        command.until(lambda: len(starts()) == 2)
+        assert {worker["pid"] for worker in starts()[1]["workers"]} < ready
+        command.process.send_signal(signal.SIGTERM)
+        assert command.end()[0] == 75
+        assert os.listdir(scratch) == [], "nothing of Ray stays behind"
 
 
 @pytest.mark.nightly
