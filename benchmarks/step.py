@@ -3,11 +3,11 @@
     python -m benchmarks.step MANIFEST [--set FIELD=VALUE ...] [--stages NAME ...] [--variants float32 ...] [--steps 12]
 
 Trains each stage of the manifest for a few steps through the engine, on one process, from clips that already lie in
-memory: reading is not measured here (``benchmarks.loader`` does). Eager and compiled, float32 and bfloat16, take turns,
-a step each; the first steps, in which the compiler works, are not counted. A stage whose adversary starts later than
-the stage is measured before and after that. Floating point operations are those of a step's forward and backward
-passes; the device's peak is what a large matrix product reaches on it in the same run, in the same precision,
-or in float32 where that is faster. Peak memory is taken in a process of its own for each variant.
+memory: reading is not measured here (``benchmarks.loader`` does). Eager and compiled, float32 and bfloat16, channels
+first and last, take turns, a step each; the first steps, in which the compiler works, are not counted. A stage whose
+adversary starts later than the stage is measured before and after that. Floating point operations are those of a step's
+forward and backward passes; the device's peak is what a large matrix product reaches on it in the same run, in the same
+precision, or in float32 where that is faster. Peak memory is taken in a process of its own for each variant.
 """
 
 from __future__ import annotations
@@ -45,8 +45,13 @@ from trainer.recipe import StepOutput
 from trainer.stage import Stage
 
 ROOT = Path(__file__).resolve().parents[1]
-VARIANTS = {"float32": ("fp32", False), "float32, compiled": ("fp32", True),
-            "bfloat16": ("bf16", False), "bfloat16, compiled": ("bf16", True)}  # fmt: skip
+VARIANTS = {
+    f"{name}{', channels last' * last}{', compiled' * compiled}": (precision, last, compiled)
+    for name, precision in (("float32", "fp32"), ("bfloat16", "bf16"))
+    for last in (False, True)
+    for compiled in (False, True)
+}
+"""Precision, channels last, compiled."""
 
 
 def sync(device: torch.device) -> float:
@@ -84,13 +89,13 @@ class Trial:
     """One engine on a part of a stage, with the adversary's where it plays, and its next step."""
 
     def __init__(self, manifest: RunManifest, part: Part, variant: str, clips: int, device: torch.device) -> None:
-        precision, compile = VARIANTS[variant]
+        precision, channels_last, compile = VARIANTS[variant]
         stage = part.stage
         self.recipe, self.stage, self.device = manifest.loaded_recipe, stage, device
         self.spec = manifest.optimizer_for(stage)
         self.engine = Engine(
-            self.recipe.build(manifest.seed), stage, self.spec, zero_stage=0, precision=precision, compile=compile,
-            device=device, ema_decay=manifest.ema or None,
+            self.recipe.build(manifest.seed), stage, self.spec, zero_stage=0, precision=precision,
+            channels_last=channels_last, compile=compile, device=device, ema_decay=manifest.ema or None,
         )  # fmt: skip
         self.rival = None
         if part.judged:
@@ -104,7 +109,7 @@ class Trial:
         plan = schedule.plan(schedule.first_steps[schedule.stages.index(stage)])
         height, width = plan.size
         frames = [synthetic.footage(0, i, plan.rule.frames, (height, width)).frames_THW3 for i in range(clips)]
-        pixels_BCTHW = torch.from_numpy(np.stack(frames)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        pixels_BCTHW = torch.from_numpy(np.stack(frames)).permute(0, 4, 1, 2, 3).float().contiguous() / 127.5 - 1
         self.batch = Batch(
             pixels_BCTHW=pixels_BCTHW, fps_B=torch.full((clips,), 24.0), motion_B=torch.full((clips,), 0.1),
             places=tuple(range(clips)), sources=(Source("made", "here", "scene"),) * clips, plan=plan, weight=1.0,

@@ -42,6 +42,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipelines.faults import InputError
+from trainer.blocks import conv
 from trainer.checkpoint import Piece, Snapshot, together
 from trainer.stage import OptimizerSpec
 
@@ -130,7 +131,8 @@ class Engine:
     optimizer state and keep every bit.
 
     ``model`` is float32, on the CPU or ``device``; its parameters are replaced, so hold no references to them.
-    ``ema_decay`` None keeps no average. ``compile`` runs the forward and backward pass through torch's compiler, for
+    ``ema_decay`` None keeps no average. ``channels_last`` lays out what convolutions read (:func:`channels_last` of
+    :mod:`trainer.blocks.conv`). ``compile`` runs the forward and backward pass through torch's compiler, for
     ZeRO 0 to 2: ZeRO-3's hooks would break every graph. Raises InputError when the stage trains no parameter.
     """
 
@@ -144,6 +146,7 @@ class Engine:
         precision: Literal["fp32", "bf16"] = "fp32",
         device: torch.device | str = "cpu",
         ema_decay: float | None = None,
+        channels_last: bool = False,
         compile: bool = False,
         timeout: float = 1800.0,
     ) -> None:
@@ -159,6 +162,8 @@ class Engine:
         """Seconds that :meth:`step` and others stood still for a snapshot's copy, since the start."""
         self._snapshot: Snapshot | None = None
         self._host: dict[str, Tensor] = {}
+        if channels_last:
+            conv.channels_last(model)
         if compile:
             model.compile()
         self._build(stage, spec, {})

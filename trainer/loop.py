@@ -29,6 +29,7 @@ from pipelines.faults import FaultBudget, InputError
 from trainer import adversary as adversaries
 from trainer import checkpoint
 from trainer import recipe as recipes
+from trainer.blocks.conv import channels_last
 from trainer.engine import Engine
 from trainer.examine import Examination
 from trainer.flops import FlopMeter
@@ -164,7 +165,7 @@ def _train(
         engine = Engine(
             recipe.build(manifest.seed), stage, manifest.optimizer_for(stage), zero_stage=manifest.zero.stage,
             precision=manifest.precision, device=world.device, ema_decay=manifest.ema or None,
-            compile=manifest.compile, timeout=manifest.failure.hang_seconds,
+            channels_last=manifest.channels_last, compile=manifest.compile, timeout=manifest.failure.hang_seconds,
         )  # fmt: skip
         adversary = adversaries.enter(None, manifest, first, world.device)
         kept = adversaries.engines(engine, adversary if adversaries.goes_on(manifest, first) else None)
@@ -181,7 +182,7 @@ def _train(
     everyone = _everyone(world, telemetry.address)
     telemetry.event("start", from_step=first, world=world.size, workers=everyone, launch=launch)
     own = recipe.teachers()
-    teachers = _frozen({**own, **models_of(recipe, stage)}, world)
+    teachers = _frozen({**own, **models_of(recipe, stage)}, manifest, world)
     saver = checkpoint.Checkpointer(
         run_url, lease, rank=world.rank, world=world.size, keep=manifest.checkpoint.keep,
         timeout=manifest.checkpoint.timeout_seconds, before_commit=telemetry.flush, committed=first or None,
@@ -273,7 +274,7 @@ def _train(
                 with ledger.span("startup" if step > first else ledger.cause):
                     if step > first:
                         if stage.teachers != schedule.stage(step - 1).teachers:
-                            teachers = _frozen({**own, **models_of(recipe, stage)}, world)
+                            teachers = _frozen({**own, **models_of(recipe, stage)}, manifest, world)
                         engine.next_stage(stage, spec)
                         adversary = adversaries.enter(adversary, manifest, step, world.device)
                     if stage.init_from is not None:
@@ -351,8 +352,11 @@ def _train(
     return _finish(outcome, done, telemetry, ledger)
 
 
-def _frozen(networks: Mapping[str, nn.Module], world: World) -> nn.ModuleDict:
-    return nn.ModuleDict(networks).to(world.device).requires_grad_(False).eval()
+def _frozen(networks: Mapping[str, nn.Module], manifest: RunManifest, world: World) -> nn.ModuleDict:
+    frozen = nn.ModuleDict(networks).to(world.device).requires_grad_(False).eval()
+    if manifest.channels_last:
+        channels_last(frozen)
+    return frozen
 
 
 def _whole(

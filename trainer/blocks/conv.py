@@ -5,8 +5,10 @@ Legend: B clips, C channels, H height, W width.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 SLOPE = 0.01
@@ -37,6 +39,21 @@ class Conv2d(nn.Conv2d):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, inputs, H, W) -> (B, outputs, ceil(H / stride), ceil(W / stride))."""
         return super().forward(x_BCHW.to(self.weight.dtype))
+
+
+def channels_last(model: nn.Module) -> None:
+    """From now on each convolution of the model takes its input with a pixel's channels as neighbours in memory, and so
+    gives its output, as a GPU's tensor cores read them. Weights stay as they are: ZeRO keeps them in one flat buffer.
+    """
+    formats = {nn.Conv2d: torch.channels_last, nn.Conv3d: torch.channels_last_3d}
+    for module in model.modules():
+        for kind, memory_format in formats.items():
+            if isinstance(module, kind):
+                module.register_forward_pre_hook(partial(_laid_out, memory_format))
+
+
+def _laid_out(memory_format: torch.memory_format, _: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return (inputs[0].contiguous(memory_format=memory_format),)
 
 
 def activation() -> nn.LeakyReLU:

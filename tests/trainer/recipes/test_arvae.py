@@ -11,6 +11,7 @@ from torch import nn
 
 from pipelines.contracts import Batch, BatchPlan, ClipRule, Source, generator
 from pipelines.faults import InputError
+from trainer.blocks.conv import channels_last
 from trainer.recipe import Recipe, counted, load
 from trainer.recipes import arvae
 from trainer.recipes.arvae.config import ArvaeConfig, SpynetSpec
@@ -302,6 +303,31 @@ def test_graphs_that_are_compiled_do_not_grow_with_the_clip():
         assert made.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
         assert (len(graphs) > before) == new
     torch._dynamo.reset()
+
+
+def test_with_channels_last_the_loss_and_its_gradients_are_the_same():
+    recipe = recipe_of()
+    stage = stage_of("frames-5", recipe)
+    batch, plain, laid_out = batch_of(footage(frames=5), stage), shaken(recipe), shaken(recipe)
+    channels_last(laid_out)
+    seen = []
+
+    def see(_, inputs, output):
+        seen.append(output.is_contiguous(memory_format=torch.channels_last))
+
+    for model in (plain, laid_out):
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(see)
+    losses = [recipe.step(model, batch, stage, nn.ModuleDict()).loss for model in (plain, laid_out)]
+    half = len(seen) // 2
+    assert not any(seen[:half]) and all(seen[half:])
+    torch.testing.assert_close(losses[1], losses[0])
+    for loss in losses:
+        loss.backward()
+    for name, parameter in plain.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(laid_out.get_parameter(name).grad, parameter.grad, rtol=1e-3, atol=1e-6)
 
 
 def test_the_loss_falls_from_an_uninformed_start():
