@@ -40,18 +40,19 @@ def ask_later() -> None:
 
 
 def ask() -> None:
-    """Asks this machine's raylet for one more process like this one."""
-    context = ray.get_runtime_context()
-    here = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
-    request = node_manager_pb2.PrestartWorkersRequest(
-        language=common_pb2.Language.PYTHON,
-        job_id=bytes.fromhex(context.get_job_id()),
-        runtime_env_info=runtime_environment_pb2.RuntimeEnvInfo(
-            serialized_runtime_env=context.get_runtime_env_string()
-        ),
-        keep_alive_duration_secs=KEPT,
-        num_workers=1,
-    )
-    channel = init_grpc_channel(f"{here['NodeManagerAddress']}:{here['NodeManagerPort']}")
-    node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=30)
-    channel.close()
+    """Asks this machine's raylet for one more process like this one. Without it a restart is slower, and no worse."""
+    if not ray.is_initialized():  # the run is over
+        return
+    with contextlib.suppress(Exception):
+        context = ray.get_runtime_context()
+        here = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+        environment = runtime_environment_pb2.RuntimeEnvInfo(serialized_runtime_env=context.get_runtime_env_string())
+        request = node_manager_pb2.PrestartWorkersRequest(
+            language=common_pb2.Language.PYTHON,
+            job_id=bytes.fromhex(context.get_job_id()),
+            runtime_env_info=environment,
+            keep_alive_duration_secs=KEPT,
+            num_workers=1,
+        )
+        with init_grpc_channel(f"{here['NodeManagerAddress']}:{here['NodeManagerPort']}") as channel:
+            node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=30)
