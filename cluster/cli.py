@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines import storage
-from pipelines.faults import InputError
+from pipelines.faults import InputError, Remark
 
 STOPPED = 75
 INTERRUPTED = 130
@@ -831,9 +832,18 @@ def _warn(text: str) -> None:
 def guarded(command: Callable[[], Any]) -> int:
     """Runs a command to its exit status; a fault of input ends in its message alone, a fault of ours in a traceback.
 
-    SIGTERM ends it as Ctrl-C does: files half written and processes of its own do not stay behind.
+    SIGTERM ends it as Ctrl-C does: files half written and processes of its own do not stay behind. A Remark is shown as
+    a warning of the command's.
     """
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before, show = signal.signal(signal.SIGTERM, signal.default_int_handler), warnings.showwarning
+
+    def remark(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if issubclass(category, Remark):
+            _warn(str(message))
+        else:
+            show(message, category, *where)
+
+    warnings.showwarning = remark
     try:
         return command() or 0
     except InputError as error:
@@ -855,6 +865,7 @@ def guarded(command: Callable[[], Any]) -> int:
         err.print(f"moviola: {message}; {remedy}", style="red")
         return 1
     finally:
+        warnings.showwarning = show
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 

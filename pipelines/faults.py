@@ -2,6 +2,7 @@
 
 ``InputError``  fatal: the run or command ends with the message, exit status 1 or 2, never a traceback.
 ``Skip``        one clip is unusable: it is counted by reason, named, and charged to the fault budget.
+``Remark``      a warning of Python's: what was asked for is done, and not quite as it was asked.
 Anything else   is our fault and keeps its traceback.
 """
 
@@ -43,6 +44,10 @@ class Skip(Exception):
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+
+
+class Remark(UserWarning):
+    """What was asked for is done, and not quite as it was asked: says which value, and what was done instead."""
 
 
 class FaultBudget:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import yaml
 
 from cluster import cli, demo, events, launch, runs
 from pipelines import storage, synthetic
-from pipelines.faults import InputError
+from pipelines.faults import InputError, Remark
 from trainer import manifest as manifests
 from trainer import run as folder
 
@@ -356,6 +357,13 @@ def test_signals_and_full_disks_end_in_a_line(capsys):
     assert "n: file name too long; name another path" in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError):
         cli.guarded(lambda: 1 / 0)
+
+
+def test_remarks_are_warnings_of_the_command(capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.guarded(lambda: warnings.warn("it is not quite so", Remark, stacklevel=1)) == 0
+    assert capsys.readouterr().err == "warning: it is not quite so\n"
 
 
 def test_a_signal_while_a_run_is_made_ready_leaves_it_as_it_was(moviola, monkeypatch, tmp_path, plain):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import ClassVar
 
@@ -17,7 +18,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from pipelines.contracts import Batch, derive, generator
-from pipelines.faults import InputError
+from pipelines.faults import InputError, Remark
 from trainer.losses import Perceptual
 from trainer.losses.flow import schedule, timesteps
 from trainer.recipe import Latent, LatentSpec, StepOutput
@@ -153,21 +154,30 @@ class OneDvaRecipe:
         """Yields a window's latents as soon as its frames have come: ``structural`` (1, D, L, h, w), ``1d`` (1, D, k)
         with as many 1D latents as were kept, ``frames`` (1,), and ``size`` (2,), the height and width in pixels.
 
-        Raises InputError where a budget is smaller than the structural latent.
+        With a budget it is a window behind: the last window may be short, with a structural latent of more numbers a
+        frame than the budget, and the one before it leaves room for that. Raises InputError where a budget is smaller
+        than the structural latent of a first window; warns with a Remark where a quality or a budget is not met.
         """
+        window = self.config.window
+        most = 2 * window if self.config.length.by == "budget" else window
         held: list[Tensor] = []
         number = 0
         for chunk_1CTHW in frames_1CTHW:
             for x_1CHW in chunk_1CTHW.unbind(2):
                 held.append(x_1CHW)
-                if len(held) == self.config.window:
-                    yield self._coded(model, torch.stack(held, dim=2), number)
-                    held, number = [], number + 1
+                if len(held) == most:
+                    yield self._coded(model, torch.stack(held[:window], dim=2), number)
+                    held, number = held[window:], number + 1
+        if len(held) > window:
+            yield self._coded(model, torch.stack(held[:window], dim=2), number, last=len(held) - window)
+            held, number = held[window:], number + 1
         if held:
             yield self._coded(model, torch.stack(held, dim=2), number)
 
-    def _coded(self, model: nn.Module, x_13THW: Tensor, number: int) -> Latent:
-        """A window's latents, cut to the length that the configuration asks for."""
+    def _coded(self, model: nn.Module, x_13THW: Tensor, number: int, last: int = 0) -> Latent:
+        """A window's latents, cut to the length that the configuration asks for; after it come ``last`` frames, where
+        that is known.
+        """
         longest = int(model.readable)
         latent = {name: posterior.mean for name, posterior in model.encode(x_13THW, longest > 0).items()}
         latent[FRAMES] = torch.tensor([x_13THW.shape[2]])
@@ -186,19 +196,46 @@ class OneDvaRecipe:
             share = length.motion_share(length.motion_score(x_13THW), self.config.dropout)
             return cut(length.at_least(float(share) * longest, lengths))
         if spec.by == "budget":
-            structural = latent[STRUCTURAL].numel()
-            left = spec.numbers_per_frame * x_13THW.shape[2] - structural
-            if left < 0:
-                raise InputError(
-                    f"model.length.numbers_per_frame: {spec.numbers_per_frame:g}: the structural latent alone takes "
-                    f"{structural / x_13THW.shape[2]:,.1f} numbers a frame here. Raise it to that, or more"
-                )
-            return cut(length.at_most(left / self.config.latent_channels, lengths))
+            return cut(length.at_most(self._affordable(x_13THW.shape, number, last), lengths))
         for count in lengths:
             made_13THW = self._sampled(model, cut(count), number).clamp(-1, 1)
             if float(_psnr(made_13THW, x_13THW).mean()) >= spec.psnr_db:
                 return cut(count)
+        warnings.warn(
+            f"model.length.psnr_db: {spec.psnr_db:g}: not every window reaches it, even with all its 1D latents; such "
+            "a window keeps them all",
+            Remark,
+            stacklevel=2,
+        )
         return latent
+
+    def _affordable(self, shape: torch.Size, number: int, last: int) -> float:
+        """How many 1D latents a window's budget has room for; less than 0 where it has not even for the structural
+        latents, its own and that of ``last`` frames after it.
+        """
+        depth, budget = self.config.latent_channels, self.config.length.numbers_per_frame
+        frames, height, width = shape[2:]
+
+        def structural(count: int) -> int:
+            return depth * math.prod(grid_of(count, height, width))
+
+        left = budget * frames - structural(frames)
+        short = number > 0 and frames < self.config.window
+        if left < 0 and not short:
+            raise InputError(
+                f"model.length.numbers_per_frame: {budget:g}: the structural latent alone takes "
+                f"{structural(frames) / frames:,.1f} numbers a frame here. Raise it to that, or more"
+            )
+        if last:
+            left -= max(0.0, structural(last) - budget * last)
+            if left < 0:
+                warnings.warn(
+                    f"model.length.numbers_per_frame: {budget:g}: the last two windows, of {frames} and {last} frames, "
+                    "take more with their structural latents alone; they keep no 1D latent",
+                    Remark,
+                    stacklevel=2,
+                )
+        return left / depth
 
     @torch.no_grad()
     def decode(
