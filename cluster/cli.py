@@ -431,6 +431,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """PSNR, SSIM, LPIPS, rFVD, beside two baselines of the same latent budget; a run keeps them in evaluation.json."""
+    from trainer import codec as codecs
     from trainer import examine
     from trainer import run as folder
 
@@ -447,6 +448,7 @@ def evaluate(
             url, dataset, run_url=run_url, frames=frames, count=clips, sets=sets or (),
             lpips={"backbone": lpips, "weights": lpips_weights},
             fvd={"i3d": i3d, "per_batch": i3d_batch} if i3d else None, entropies=entropy, captions=captions,
+            device=codecs.fastest(),
             progress=lambda done: status.update(f"evaluating … {done} clips"), warn=_warn,
         )  # fmt: skip
     if as_json:
@@ -476,7 +478,7 @@ def reconstruct(
     from trainer import codec as codecs
 
     url = _checkpoint(checkpoint, runs)[0]
-    codec = codecs.load(url, sets=sets or (), warn=_warn)
+    codec = codecs.load(url, sets=sets or (), device=codecs.fastest(), warn=_warn)
     text = _text(codec, url, caption, text_encoder)
     _coded(
         lambda show: codecs.reconstruct_file(codec, video, to, beside=not alone, progress=show, caption_emb_1LD=text),
@@ -521,7 +523,7 @@ def encode(
             raise InputError(
                 f"encode CHECKPOINT VIDEO OUT.safetensors takes two paths; here are {len(paths)}", status=2
             )
-        codec = codecs.load(url, sets=sets or (), warn=_warn)
+        codec = codecs.load(url, sets=sets or (), device=codecs.fastest(), warn=_warn)
         text = _text(codec, url, caption, text_encoder)
         _coded(
             lambda show: codecs.encode_file(codec, paths[0], paths[1], show, caption_emb_1LD=text), paths[1], as_json
@@ -604,7 +606,7 @@ def decode(
     from trainer import codec as codecs
 
     url = _checkpoint(checkpoint, runs)[0]
-    codec = codecs.load(url, sets=sets or (), warn=_warn)
+    codec = codecs.load(url, sets=sets or (), device=codecs.fastest(), warn=_warn)
     text = _text(codec, url, caption, text_encoder)
     _coded(lambda show: codecs.decode_file(codec, latents, to, show, caption_emb_1LD=text), to, as_json)
 

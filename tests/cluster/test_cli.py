@@ -359,6 +359,28 @@ def test_signals_and_full_disks_end_in_a_line(capsys):
         cli.guarded(lambda: 1 / 0)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("reconstruct", "weights", "in.mp4", "out.mp4"),
+        ("encode", "weights", "in.mp4", "out.safetensors"),
+        ("decode", "weights", "in.safetensors", "out.mp4"),
+        ("evaluate", "./weights", "shards"),
+    ],
+)
+def test_coding_takes_the_gpu_where_there_is_one(moviola, monkeypatch, tmp_path, command):
+    def reached(*_, device, **options):
+        raise InputError(f"on {device}")
+
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/config.json").write_text("{}")
+    monkeypatch.setattr("trainer.codec.load", reached)
+    monkeypatch.setattr("trainer.examine.evaluate_checkpoint", reached)
+    assert moviola(*command)[::2] == (1, "moviola: on cpu")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert moviola(*command)[::2] == (1, "moviola: on cuda")
+
+
 def test_remarks_are_warnings_of_the_command(capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("always")
