@@ -4,8 +4,9 @@
 
 Trains each stage of the manifest for a few steps through the engine, on one process, from clips that already lie in
 memory: reading is not measured here (``benchmarks.loader`` does). Eager and compiled, float32 and bfloat16, channels
-first and last, take turns, a step each; the first steps, in which the compiler works, are not counted. A stage whose
-adversary starts later than the stage is measured before and after that. Floating point operations are those of a step's
+first and last, take turns, a step each; the first steps, in which the compiler works, are not counted. What differs
+within a stage is measured apart: images and videos, each size, before its adversary starts and after. A recipe that
+reads captions gets some of the greatest length. Floating point operations are those of a step's
 forward and backward passes; the device's peak is what a large matrix product reaches on it in the same run, in the same
 precision, or in float32 where that is faster. Peak memory is taken in a process of its own for each variant.
 """
@@ -23,7 +24,7 @@ import resource
 import statistics
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,14 +35,15 @@ import torch
 from torch import nn
 
 from pipelines import synthetic
-from pipelines.contracts import Batch, Source
+from pipelines.captions import MOST_TOKENS
+from pipelines.contracts import Batch, BatchPlan, Source, generator
 from trainer import manifest as manifests
 from trainer.adversary import Adversary
 from trainer.blocks.transformer import Attention
 from trainer.engine import Engine
 from trainer.flops import Count
 from trainer.manifest import RunManifest
-from trainer.recipe import StepOutput
+from trainer.recipe import StepOutput, caption_width
 from trainer.stage import Stage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +54,8 @@ VARIANTS = {
     for compiled in (False, True)
 }
 """Precision, channels last, compiled."""
+LOOKED_AT = 1000
+"""Steps of a stage by which it is known how often each of its kinds comes."""
 
 
 def sync(device: torch.device) -> float:
@@ -63,25 +67,32 @@ def sync(device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class Part:
-    """``steps`` of a stage, of ``batch`` clips each: those with its adversary (``judged``), or those without."""
+    """``steps`` of a stage that are like ``plan``, with its adversary (``judged``) or without."""
 
     stage: Stage
     steps: int
-    batch: int
+    plan: BatchPlan
     judged: bool
 
     @property
     def title(self) -> str:
         """How rows of tables name it."""
-        return f"{self.stage.name}, adversary" if self.judged else self.stage.name
+        size = ["x".join(map(str, self.plan.size))] if len(self.stage.clip.sizes) > 1 else []
+        images = ["images"] if self.plan.stream == "image" else []
+        return ", ".join([self.stage.name, *size, *images, *(["adversary"] if self.judged else [])])
 
 
 def parts_of(manifest: RunManifest) -> list[Part]:
-    """The schedule, cut where adversaries start."""
-    parts = []
-    for stage, batch in zip(manifest.schedule.stages, manifest.schedule.batches, strict=True):
+    """The schedule, cut by size, into images and videos, and where adversaries start."""
+    parts, schedule = [], manifest.schedule
+    for stage, first in zip(schedule.stages, schedule.first_steps, strict=True):
+        plans = [schedule.plan(first + step) for step in range(min(stage.steps, LOOKED_AT))]
+        kinds = {(plan.stream, plan.size): plan for plan in reversed(plans)}
+        counts = Counter((plan.stream, plan.size) for plan in plans)
         alone = stage.adversary.start if stage.adversary else stage.steps
-        parts += [Part(stage, alone, batch, False), Part(stage, stage.steps - alone, batch, True)]
+        for judged, steps in ((False, alone), (True, stage.steps - alone)):
+            for kind, count in sorted(counts.items(), key=lambda item: -item[1]):
+                parts.append(Part(stage, round(steps * count / len(plans)), kinds[kind], judged))
     return [part for part in parts if part.steps]
 
 
@@ -105,15 +116,18 @@ class Trial:
                 zero_stage=0, precision=precision, device=device,
             )  # fmt: skip
         self.teachers = self.recipe.teachers().to(device).requires_grad_(False).eval()
-        schedule = manifest.schedule
-        plan = schedule.plan(schedule.first_steps[schedule.stages.index(stage)])
+        plan, tokens = part.plan, caption_width(self.recipe)
         height, width = plan.size
-        frames = [synthetic.footage(0, i, plan.rule.frames, (height, width)).frames_THW3 for i in range(clips)]
+        count = clips * plan.per_clip
+        frames = [synthetic.footage(0, i, plan.rule.frames, (height, width)).frames_THW3 for i in range(count)]
         pixels_BCTHW = torch.from_numpy(np.stack(frames)).permute(0, 4, 1, 2, 3).float().contiguous() / 127.5 - 1
+        noise = generator(0, 0, "step/captions")
         self.batch = Batch(
-            pixels_BCTHW=pixels_BCTHW, fps_B=torch.full((clips,), 24.0), motion_B=torch.full((clips,), 0.1),
-            places=tuple(range(clips)), sources=(Source("made", "here", "scene"),) * clips, plan=plan, weight=1.0,
+            pixels_BCTHW=pixels_BCTHW, fps_B=torch.full((count,), 24.0), motion_B=torch.full((count,), 0.1),
+            places=tuple(range(count)), sources=(Source("made", "here", "scene"),) * count, plan=plan, weight=1.0,
             seed=manifest.seed,
+            caption_emb_BLD=torch.randn(count, MOST_TOKENS, tokens, generator=noise) if tokens else None,
+            caption_mask_BL=torch.ones(count, MOST_TOKENS, dtype=torch.bool) if tokens else None,
         ).to(device)  # fmt: skip
 
     def forward(self) -> StepOutput:
@@ -138,7 +152,7 @@ class Trial:
         if self.rival:
             self.rival.learn(output, 1.0, last=True)
         spent["adversary"] += lap()
-        self.engine.step(self.spec.lr)
+        self.engine.step(self.spec.lr, image=self.batch.plan.stream == "image")
         spent["optimizer"] = lap()
         if self.rival:
             self.rival.step(self.rival.spec.start)
@@ -286,10 +300,11 @@ def main() -> None:
             low, middle, high = statistics.quantiles([1000 * seconds for seconds in whole])
             ratio = statistics.median(a / b for a, b in zip(eager, whole, strict=True))
             achieved = found["operations"] / (middle / 1000)
-            days[name] += part.steps * part.batch * middle / 1000 / options.clips / 86400
+            clips = options.clips * part.plan.per_clip
+            days[name] += part.steps * part.plan.clips * middle / 1000 / clips / 86400
             rows.append(
                 f"| {part.title} | {name} | {middle:.0f} ({low:.0f} to {high:.0f}) | {ratio:.2f} | "
-                f"{1000 * options.clips / middle:.2f} | {achieved / 1e9:.1f} | "
+                f"{1000 * clips / middle:.2f} | {achieved / 1e9:.1f} | "
                 f"{achieved / max(peaks['fp32'], peaks[VARIANTS[name][0]]):.1%} | {peak} |"
             )
             print(rows[-1], flush=True)
@@ -317,14 +332,16 @@ def report(
 ) -> str:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "deepspeed"))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPUs"
-    sizes = {"x".join(map(str, stage.clip.sizes[0])) for stage in manifest.schedule.stages}
-    clips_in_all = sum(part.steps * part.batch for part in parts)
+    sizes = {"x".join(map(str, part.plan.size)) for part in parts}
+    clips_in_all = sum(part.steps * part.plan.clips for part in parts)
+    pictures = [part.plan.per_clip for part in parts if part.plan.stream == "image"]
+    images = f" (images: {clips * max(pictures)})" if pictures else ""
     which = "The whole schedule" if parts == parts_of(manifest) else "These stages of the schedule"
     return "\n".join([
         f"# A training step of {manifest.name} (recipe {manifest.recipe})",
         "",
         f"{datetime.date.today()}, {device} ({platform.machine()}), Python {platform.python_version()}, {versions}; "
-        f"micro-batch {clips}, {', '.join(sorted(sizes))} pixels.",
+        f"micro-batch {clips}{images}, {', '.join(sorted(sizes))} pixels.",
         f"`python -m benchmarks.step {' '.join(sys.argv[1:])}`",
         "",
         (__doc__ or "").split("\n\n", 2)[2].strip(),
@@ -344,7 +361,7 @@ def report(
         "| --- | --: | --: | --: | --: | --- |",
         *shares,
         "",
-        f"{which}, {clips_in_all:,} clips, on one device like this one: "
+        f"{which}, {clips_in_all:,} clips{' and images' if pictures else ''}, on one device like this one: "
         + ", ".join(f"{length(spent)} {name}" for name, spent in days.items()) + ".",
         "",
     ])  # fmt: skip

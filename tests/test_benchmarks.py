@@ -33,7 +33,7 @@ def manifest():
 
 def test_a_stage_is_measured_before_its_adversary_starts_and_after(manifest):
     parts = step.parts_of(manifest)
-    assert [(p.title, p.steps, p.batch) for p in parts] == [
+    assert [(p.title, p.steps, p.plan.clips) for p in parts] == [
         ("motion", 4, 3),
         ("dynamic", 1, 2),
         ("dynamic, adversary", 9, 2),
@@ -46,6 +46,42 @@ def test_a_stage_is_measured_before_its_adversary_starts_and_after(manifest):
     assert shares["encoder"] > shares["motion"] > 0, "its three encoders lie in a dictionary, which is never called"
     assert sum(shares.values()) == pytest.approx(1)
     assert found[0]["parts"].keys() == {"motion", "the rest"}
+
+
+def test_images_and_sizes_are_measured_apart_and_captions_are_read():
+    small = {"latent_channels": 4, "width": 4, "multipliers": [1, 2], "blocks": 1, "groups": 2, "temporal_width": 4}
+    weights = {"l1": 1, "lpips": 0, "kl": 0}
+    plain = {
+        "name": "joint",
+        "recipe": "videovaeplus",
+        "model": {**small, "text": {"width": 8, "heads": 1, "head_width": 4}, "perceptual": None},
+        "data": {"train": "nowhere"},
+        "batch": 2,
+        "precision": "fp32",
+        "clip": {"frames": 4, "stride": [1, 1], "sizes": [[16, 16], [16, 32]]},
+        "stages": {
+            "video": {"steps": 0},
+            "joint": {"steps": 20, "image_batch": 8, "losses": weights, "adversary": None},
+            "cross-modal": {"steps": 0},
+        },
+    }
+    manifest = manifests.validate(plain, "m")
+    parts = {part.title: part for part in step.parts_of(manifest)}
+    names = {f"joint, {size}{images}" for size in ("16x16", "16x32") for images in ("", ", images")}
+    assert parts.keys() == names
+    assert sum(part.steps for part in parts.values()) == 20
+    assert sum(part.steps for name, part in parts.items() if "images" in name) == 4
+    trial = step.Trial(manifest, parts["joint, 16x32, images"], "float32", 2, torch.device("cpu"))
+    assert trial.batch.pixels_BCTHW.shape == (8, 3, 1, 16, 32)
+    before = {name: weight.detach().clone() for name, weight in trial.engine.module.named_parameters()}
+    trial.step()
+    moved = {name for name, weight in trial.engine.module.named_parameters() if not torch.equal(weight, before[name])}
+    assert "encoder.conv_in.weight" in moved and not any("temporal" in name for name in moved)
+    trial.close()
+    trial = step.Trial(manifest, parts["joint, 16x16"], "float32", 1, torch.device("cpu"))
+    assert trial.batch.pixels_BCTHW.shape == (1, 3, 4, 16, 16)
+    assert trial.batch.caption_emb_BLD.shape == (1, 100, 8) and bool(trial.batch.caption_mask_BL.all())
+    trial.close()
 
 
 def test_a_process_that_comes_to_no_end_leaves_a_dash(monkeypatch, capfd):
