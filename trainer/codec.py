@@ -161,7 +161,8 @@ def export(codec: Codec, folder: str) -> list[str]:
         weights = {name: tensor.cpu().contiguous() for name, tensor in codec.model.state_dict().items()}
         save_file(weights, file.name, metadata={"format": FORMAT})
         storage.upload(urls[1], file.name)
-    storage.write_json(urls[0], {"format": FORMAT, **made_by(codec), "parts": dict(codec.recipe.parts(codec.model))})
+    told = made_by(codec) | {"model": recipes.portable(codec.recipe).model_dump(mode="json")}
+    storage.write_json(urls[0], {"format": FORMAT, **told, "parts": dict(codec.recipe.parts(codec.model))})
     return urls
 
 

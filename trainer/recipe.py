@@ -248,6 +248,14 @@ def skeleton(recipe: Recipe) -> nn.Module:
     return own() if own is not None else recipe.build(0)
 
 
+def portable(recipe: Recipe) -> BaseModel:
+    """The configuration for an export: that of a recipe which reads files to know its model's shape has what they say
+    written out, by its method ``portable()``.
+    """
+    own = getattr(recipe, "portable", None)
+    return own() if own is not None else recipe.config
+
+
 def caption_width(recipe: Recipe) -> int:
     """Numbers a token of the captions that the recipe's step reads: its property ``caption_width``, else 0 for none."""
     return getattr(recipe, "caption_width", 0)

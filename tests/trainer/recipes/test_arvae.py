@@ -1,5 +1,6 @@
 import itertools
 import math
+import shutil
 import weakref
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from pipelines.contracts import Batch, BatchPlan, ClipRule, Source, generator
 from pipelines.faults import InputError
+from trainer import codec as codecs
 from trainer.blocks.conv import channels_last
 from trainer.recipe import Recipe, counted, load
 from trainer.recipes import arvae
@@ -473,6 +475,25 @@ def test_an_image_autoencoder_is_loaded_frozen_and_used_as_it_is(flux_like):
     assert recipe.parts(model)["(first_frame)"] == sum(p.numel() for p in net.parameters())
     coded = torch.cat(list(recipe.decode(model, recipe.encode(model, [x]))), dim=2)
     assert torch.equal(coded, model(x).pixels_B3THW.detach().clamp(-1, 1))
+
+
+def test_a_trained_model_needs_its_image_autoencoder_no_more(flux_like, tmp_path, monkeypatch):
+    from diffusers import AutoencoderKL
+
+    path, _ = flux_like
+    recipe = recipe_of(first_frame={"kind": "diffusers", "source": str(path), "subfolder": "vae"})
+    codec, x = codecs.Codec(recipe, recipe.build(0)), footage(frames=3)
+    rewritten(path, dict.clear)  # weights are read where training starts
+    expected, read = codec.model.state_dict(), recipe.skeleton().state_dict()
+    assert {name: weight.shape for name, weight in read.items()} == {n: w.shape for n, w in expected.items()}
+    asked = []
+    load_config = AutoencoderKL.load_config
+    monkeypatch.setattr(AutoencoderKL, "load_config", lambda *a, **o: asked.append(a) or load_config(*a, **o))
+    made = codec.reconstruct(x)
+    assert len(asked) <= 1, "not once a frame: a hub would be asked as often"
+    codecs.export(codec, str(tmp_path / "weights"))
+    shutil.rmtree(path)
+    assert torch.equal(codecs.load(str(tmp_path / "weights")).reconstruct(x), made)
 
 
 def rewritten(path: Path, change) -> None:

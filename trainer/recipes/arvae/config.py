@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -76,6 +76,9 @@ class DiffusersFirstFrame(_Part):
     source: str = Field(min_length=1, description="Folder or hub name that `from_pretrained` takes.")
     subfolder: str = Field("", description="Folder of the autoencoder inside the source; FLUX's is `vae`.")
     revision: str | None = Field(None, description="Commit of the hub repository; name one for a run to be repeatable.")
+    architecture: dict[str, Any] | None = Field(
+        None, description="Its config.json, so that an export needs no source; null reads the source's."
+    )
 
 
 class PlainFirstFrame(_Part):

@@ -80,14 +80,17 @@ class DiffusersAutoencoder(nn.Module):
 
     trained = False
 
-    def __init__(self, spec: DiffusersFirstFrame) -> None:
+    def __init__(self, spec: DiffusersFirstFrame, pretrained: bool) -> None:
         super().__init__()
         self.down, self.channels = layout(spec)
-        options = {"torch_dtype": torch.float32, "use_safetensors": True, "low_cpu_mem_usage": False}
-        self.net, found = _ask(spec, "from_pretrained", output_loading_info=True, **options)
-        for fault, names in (("lack", found["missing_keys"]), ("do not belong to it:", found["unexpected_keys"])):
-            if names:
-                raise _unusable(spec, f"its weights {fault} {', '.join(sorted(names)[:3])} ({len(names)} in all)")
+        if not pretrained:
+            self.net = _ask(spec, "from_config", architecture(spec))
+        else:
+            options = {"torch_dtype": torch.float32, "use_safetensors": True, "low_cpu_mem_usage": False}
+            self.net, found = _ask(spec, "from_pretrained", output_loading_info=True, **_source(spec), **options)
+            for fault, names in (("lack", found["missing_keys"]), ("do not belong to it:", found["unexpected_keys"])):
+                if names:
+                    raise _unusable(spec, f"its weights {fault} {', '.join(sorted(names)[:3])} ({len(names)} in all)")
         self.net.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> DiffusersAutoencoder:
@@ -103,11 +106,13 @@ class DiffusersAutoencoder(nn.Module):
         return self.net.decode(z_BCHW.to(self.net.dtype)).sample
 
 
-def build(spec: FirstFrameSpec) -> nn.Module:
-    """The autoencoder that the configuration names; raises InputError where its weights can't be loaded."""
+def build(spec: FirstFrameSpec, *, pretrained: bool = True) -> nn.Module:
+    """The autoencoder that the configuration names, without its weights where not ``pretrained``; raises InputError
+    where they can't be loaded.
+    """
     if isinstance(spec, OwnFirstFrame):
         return OwnAutoencoder(spec)
-    return DiffusersAutoencoder(spec) if isinstance(spec, DiffusersFirstFrame) else PlainFrame()
+    return DiffusersAutoencoder(spec, pretrained) if isinstance(spec, DiffusersFirstFrame) else PlainFrame()
 
 
 def layout(spec: FirstFrameSpec) -> tuple[int, int]:
@@ -115,15 +120,27 @@ def layout(spec: FirstFrameSpec) -> tuple[int, int]:
     if isinstance(spec, OwnFirstFrame):
         return spec.down, spec.channels
     if isinstance(spec, DiffusersFirstFrame):
-        config = _ask(spec, "load_config")
-        if not {"block_out_channels", "latent_channels"} <= config.keys():
-            raise _unusable(spec, f"its config.json is of {config.get('_class_name', 'something else')}")
+        config = architecture(spec)
         return 2 ** (len(config["block_out_channels"]) - 1), config["latent_channels"]
     return PlainFrame.down, PlainFrame.channels
 
 
-def _ask(spec: DiffusersFirstFrame, method: str, **options: Any) -> Any:
-    """``AutoencoderKL.method(source)``, with every way to fail turned into one message."""
+def architecture(spec: DiffusersFirstFrame) -> dict[str, Any]:
+    """The autoencoder's config.json, from the configuration or the source; raises InputError as :func:`build`."""
+    config = spec.architecture or dict(_ask(spec, "load_config", **_source(spec)))
+    if not {"block_out_channels", "latent_channels"} <= config.keys():
+        raise _unusable(spec, f"its config.json is of {config.get('_class_name', 'something else')}")
+    return config
+
+
+def _source(spec: DiffusersFirstFrame) -> dict[str, Any]:
+    return {
+        "pretrained_model_name_or_path": spec.source, "subfolder": spec.subfolder or None, "revision": spec.revision,
+    }  # fmt: skip
+
+
+def _ask(spec: DiffusersFirstFrame, method: str, *arguments: Any, **options: Any) -> Any:
+    """``AutoencoderKL.method``, with every way to fail turned into one message."""
     try:
         from trainer.losses import torchvision_ops  # noqa: F401, I001  (before diffusers, which imports torchvision)
         from diffusers import AutoencoderKL
@@ -133,9 +150,7 @@ def _ask(spec: DiffusersFirstFrame, method: str, **options: Any) -> Any:
             "Install it with `pip install 'moviola[models]'`, or choose kind: own or kind: frame."
         ) from None
     try:
-        return getattr(AutoencoderKL, method)(
-            spec.source, subfolder=spec.subfolder or None, revision=spec.revision, **options
-        )
+        return getattr(AutoencoderKL, method)(*arguments, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         lines = str(error).strip().split("\n")
         raise _unusable(spec, " ".join(line.strip() for line in lines[:2]).rstrip(".")) from None

@@ -272,10 +272,10 @@ class Reconstruction(NamedTuple):
 class Arvae(nn.Module):
     """The whole autoencoder. ``encode_frame`` and ``decode_frame`` are equations 1 to 3, ``forward`` trains them."""
 
-    def __init__(self, config: ArvaeConfig) -> None:
+    def __init__(self, config: ArvaeConfig, *, pretrained: bool = True) -> None:
         super().__init__()
         self.recompute = config.recompute
-        self.first_frame = first_frame.build(config.first_frame)
+        self.first_frame = first_frame.build(config.first_frame, pretrained=pretrained)
         self.motion_estimator = Spynet(config.spynet)
         self.temporal_encoder = TemporalEncoder(config)
         self.spatial_encoder = SpatialEncoder(config)

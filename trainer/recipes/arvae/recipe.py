@@ -5,6 +5,7 @@ Legend: B clips, C channels (3, RGB), T frames, H height, W width.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import ClassVar
@@ -19,7 +20,7 @@ from trainer.losses import Perceptual
 from trainer.pictures import flow_to_rgb
 from trainer.recipe import Latent, LatentSpec, StepOutput, unknown_names
 from trainer.recipes.arvae import first_frame, losses, stages
-from trainer.recipes.arvae.config import ArvaeConfig
+from trainer.recipes.arvae.config import ArvaeConfig, DiffusersFirstFrame
 from trainer.recipes.arvae.model import Arvae
 from trainer.stage import Stage
 
@@ -35,10 +36,15 @@ class ArvaeRecipe:
     def __init__(self, config: ArvaeConfig) -> None:
         self.config = config
 
+    @functools.cached_property
+    def _first(self) -> tuple[int, int]:
+        """Side of a cell in pixels, and channels, of the first frame's latent: `diffusers` may ask the hub for them."""
+        return first_frame.layout(self.config.first_frame)
+
     @property
     def multiple(self) -> int:
         """Pixels that a cell of either latent has at its side."""
-        return math.lcm(first_frame.layout(self.config.first_frame)[0], self.config.down)
+        return math.lcm(self._first[0], self.config.down)
 
     def stages(self) -> tuple[Stage, ...]:
         """The published schedule for this configuration."""
@@ -66,6 +72,19 @@ class ArvaeRecipe:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, 0, "arvae/weights"))
             return Arvae(self.config)
+
+    def skeleton(self) -> nn.Module:
+        """The model without the weights of an autoencoder of `diffusers`, of which it reads the config.json alone."""
+        with torch.random.fork_rng(devices=[]):
+            return Arvae(self.config, pretrained=False)
+
+    def portable(self) -> ArvaeConfig:
+        """The configuration with the architecture of an autoencoder of `diffusers` in it."""
+        spec = self.config.first_frame
+        if not isinstance(spec, DiffusersFirstFrame):
+            return self.config
+        whole = spec.model_copy(update={"architecture": first_frame.architecture(spec)})
+        return self.config.model_copy(update={"first_frame": whole})
 
     def teachers(self) -> nn.ModuleDict:
         """LPIPS, unless ``model.perceptual`` is null."""
@@ -96,7 +115,7 @@ class ArvaeRecipe:
 
     def latent(self, frames: int, height: int, width: int) -> LatentSpec:
         """One latent of the first frame, then T and S of each frame; ``channels`` is C_1 + C_2."""
-        down, channels = first_frame.layout(self.config.first_frame)
+        down, channels = self._first
         if height % self.multiple or width % self.multiple:
             raise InputError(
                 f"{height} x {width} pixels: height and width must be multiples of {self.multiple} "
