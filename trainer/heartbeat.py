@@ -50,7 +50,7 @@ class Heartbeat:
 
     def __init__(self, world: _World, limit: float, tell: Callable[[str], None]) -> None:
         self._rank, self._size, self._limit, self._tell = world.rank, world.size, limit, tell
-        self._pause = min(5.0, limit / 10)
+        self._pause = min(limit / 10, max(1.0, world.size / 100), 5.0)
         self._place = self._vain = _Place(-1, "starting", time.monotonic())
         self._stood = 0.0
         self._answered: float | None = None
@@ -94,10 +94,11 @@ class Heartbeat:
         return where[0]
 
     def _beat(self) -> None:
-        while self._address is not None and not self._closing.wait(self._pause):
+        while self._address is not None and not self._closing.is_set():
             with contextlib.suppress(OSError, ValueError):
                 self._call(ask=False)
                 self._answered = time.monotonic()
+            self._closing.wait(self._pause)
 
     def _watch(self) -> None:
         """Ends a step that is over its limit and raised nothing, and any other wait for a peer that is silent."""
@@ -178,6 +179,7 @@ class _Server(socketserver.TCPServer):
 
     def __init__(self, word: str, ranks: int) -> None:
         self.word = word
+        self.began = time.monotonic()
         self.table: list[tuple[float | None, int, str, float]] = [(None, -1, "starting", 0.0)] * ranks
         super().__init__(("", 0), _Answer)
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
@@ -196,7 +198,7 @@ class _Answer(socketserver.StreamRequestHandler):
             return
         now = time.monotonic()
         self.server.table[rank] = (now, int(step), str(doing), float(spent))
-        rows = [(now - (then or 0.0), *rest) for then, *rest in self.server.table] if ask else []
+        rows = [(now - (then or self.server.began), *rest) for then, *rest in self.server.table] if ask else []
         self.wfile.write(json.dumps(rows).encode() + b"\n")
 
 

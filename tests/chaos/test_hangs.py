@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import time
@@ -37,7 +38,8 @@ def test_a_stopped_rank_is_named_by_the_one_that_waited_and_ends_when_it_wakes(l
         assert group.ranks[victim].exitcode == 1, "it was left behind, and ends by itself"
         assert f"rank {victim} itself stood still" in group.said.removeprefix(said)
     assert f"moviola: rank {1 - victim} waited" in said and f"for rank {victim}" in said
-    assert ("without a sign of life" if victim else "keeps the heartbeats and does not answer") in said
+    silent = re.search(r"without a sign of life for (\d+) s", said)
+    assert silent and int(silent[1]) < 2.5 * HANG if victim else "keeps the heartbeats and does not answer" in said
     assert "Traceback" not in said
     lab.train(name)
     assert lab.fingerprint(name) == lab.fingerprint(lab.whole(1))
@@ -59,8 +61,8 @@ def test_a_stuck_loader_ends_with_the_shard_that_it_waits_for(silent_shard: Path
     lab = Lab(tmp_path, smoke(str(silent_shard), steps=4))
     with lab.start("stuck", "data.timeout_seconds=2", "failure.hang_seconds=60") as group:
         began = time.monotonic()
-        assert group.wait(60)[0] is not None
-        assert time.monotonic() - began < 40
+        assert None not in group.wait(60)
+        assert time.monotonic() - began < 25, "who is left does not wait for the dead"
         assert "no clip arrived for 2 s" in group.said and "shard-000001.tar" in group.said
         assert "Traceback" not in group.said
 
