@@ -87,8 +87,8 @@ class Report:
 
     ``values`` has ``clips``, ``psnr_db``, ``psnr_clip_db``, ``ssim``, ``lpips``, ``lpips_backbone``, ``flicker``,
     ``numbers_per_frame``, ``confidence``, ``by_frame``, ``by_motion``, ``per_clip``, ``not_finite``, ``rfvd`` where it
-    was measured, ``entropy`` where that was, and ``baselines``: by name the same again, with ``size`` and ``margin``,
-    the model's gain over it.
+    was measured, ``entropy`` where that was, ``captions`` where the model reads text (how many clips were coded with
+    theirs), and ``baselines``: by name the same again, with ``size`` and ``margin``, the model's gain over it.
     """
 
     values: Mapping[str, Any]
@@ -161,6 +161,8 @@ class Report:
 
     def _remarks(self) -> Iterator[str]:
         yield f"LPIPS backbone: {self.values['lpips_backbone']}; flicker in grey levels of 255; ± is the 95% interval"
+        if (told := self.values.get("captions")) is not None:
+            yield f"{told} of {self.values['clips']} clips coded with their caption, the others without"
         for name, line in self.values["baselines"].items():
             gain, interval = line["margin"]["psnr_db"], line["margin"]["confidence"]
             if gain is not None:
@@ -176,6 +178,7 @@ def evaluate(
     *,
     perceptual: Perceptual,
     fvd: VideoFeatures | None = None,
+    reads: bool = False,
     device: torch.device | str = "cpu",
     group: dist.ProcessGroup | None = None,
     progress: Callable[[int], None] | None = None,
@@ -184,15 +187,16 @@ def evaluate(
 
     ``code`` maps (1, 3, T, H, W) in [-1, 1] on ``device`` to the same and to how many latent numbers were spent on it;
     it is called once a clip, without gradients, with the embedding (1, L, D) of the clip's caption as a second argument
-    where it has one. The budget is the mean of what was spent, and the baselines, which come second, have that.
-    ``perceptual`` and ``fvd`` must be on ``device``. Where torch.distributed runs, ``clips`` are this rank's share
+    where it has one; with ``reads`` the report says how many had. The budget is the mean of what was spent, and the
+    baselines, which come second, have that. ``perceptual`` and ``fvd`` must be on ``device``. Where torch.distributed
+    runs, ``clips`` are this rank's share
     (possibly none) and the report, the same on every rank, is that of all shares; a batch of weight 0 and a place that
     comes twice keep ranks in step without counting twice. A clip whose dataset has no motion score takes that of its
     pixels, :func:`moved`. ``progress`` hears how many clips this rank has done.
 
     Raises InputError where there are no clips or their shapes differ.
     """
-    mine, shape, spent, real = Tally(), [], {}, {}
+    mine, shape, spent, told, real = Tally(), [], {}, set(), {}
     with torch.no_grad():
         for done, (pixels_1CTHW, place, source, motion, caption, counts) in enumerate(_one_by_one(clips), 1):
             pixels_1CTHW = pixels_1CTHW.to(device)
@@ -201,11 +205,12 @@ def evaluate(
             result_1CTHW, numbers = code(pixels_1CTHW, *caption)
             if counts:
                 spent[place] = numbers
+                told |= {place} if caption else set()
                 real[place] = fvd(pixels_1CTHW[0]) if fvd else {}
                 mine.add(_row(pixels_1CTHW, result_1CTHW, place, source, motion, perceptual, fvd, real[place]))
             if progress:
                 progress(done)
-        answer = {"shape": shape, "tally": mine.to_json(), "spent": list(spent.items())}
+        answer = {"shape": shape, "tally": mine.to_json(), "spent": list(spent.items()), "told": sorted(told)}
         shares = [share for share in gather_json(answer, group, device) if share["tally"]]
         if not shares:
             raise InputError("There are no clips to evaluate. Is the held-back part of the dataset empty?")
@@ -213,6 +218,7 @@ def evaluate(
             _same_shape(shares[0]["shape"], share["shape"], share["tally"][0]["source"])
         shape = shares[0]["shape"]
         spent = {place: numbers for share in shares for place, numbers in share["spent"]}
+        told = {place for share in shares for place in share["told"]}
         model = Tally.from_json(line for share in shares for line in share["tally"])
         rivals = baselines(*shape, numbers_per_frame=math.fsum(spent.values()) / len(spent) / shape[0])
         tallies = {rival.name: Tally() for rival in rivals}
@@ -224,7 +230,8 @@ def evaluate(
                 tallies[rival.name].add(row)
     gathered = gather_json({name: tally.to_json() for name, tally in tallies.items()}, group, device)
     merged = {rival.name: Tally.from_json(line for share in gathered for line in share[rival.name]) for rival in rivals}
-    return _report(model, rivals, merged, shape, spent, perceptual, fvd)
+    report = _report(model, rivals, merged, shape, spent, perceptual, fvd)
+    return Report({**report.values, "captions": len(told)}) if reads else report
 
 
 def _row(

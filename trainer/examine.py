@@ -126,6 +126,7 @@ def evaluate_checkpoint(
         FixedClips(dataset, rule, size, count, captions=captions),
         perceptual=Perceptual(spec).to(device),
         fvd=VideoFeatures(FvdSpec.model_validate(fvd), device) if fvd else None,
+        reads=bool(recipes.caption_width(recipe)),
         device=device,
         progress=progress,
     )
@@ -181,6 +182,7 @@ class Examination:
             codec.round_trip,
             FixedClips(self._dataset, self._rule, self._size, count, world.rank, world.size, pace=pace),
             perceptual=self._perceptual,
+            reads=bool(recipes.caption_width(recipe)),
             device=self._device,
         )
         if world.rank != 0:

@@ -174,10 +174,12 @@ def test_a_caption_goes_with_its_clip(perceptual):
         return x, 1000
 
     clips = [dataclasses.replace(clip(at), caption_emb_LD=torch.ones(at, 4) if at else None) for at in range(3)]
-    evaluate(reconstruct, clips, perceptual=perceptual)
+    report = evaluate(reconstruct, clips, perceptual=perceptual, reads=True)
+    assert report.values["captions"] == 2
+    assert "2 of 3 clips coded with their caption, the others without" in shown(report)
     emb, mask = torch.zeros(3, 2, 4), torch.tensor([[False, False], [True, False], [True, True]])
     together = dataclasses.replace(batch(clips), caption_emb_BLD=emb, caption_mask_BL=mask)
-    evaluate(reconstruct, [together], perceptual=perceptual)
+    assert "captions" not in evaluate(reconstruct, [together], perceptual=perceptual).values
     assert heard == [None, 1, 2] * 2
 
 
