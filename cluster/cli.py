@@ -612,8 +612,10 @@ def decode(
 
 
 def _text(codec: Any, url: str, caption: str | None, encoder: str | None) -> Any:
-    """The caption's embedding (1, L, D), None without one; raises InputError for a model that reads no text."""
-    if caption is None:
+    """The caption's embedding (1, L, D), None without one or of an empty one, which datasets count as none; raises
+    InputError for a model that reads no text.
+    """
+    if caption is None or not caption.strip():
         return None
     if getattr(codec.recipe.config, "text", None) is None:
         raise InputError(f"--caption: this {codec.recipe.name} reads no text; leave it out", status=2)

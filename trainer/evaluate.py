@@ -189,10 +189,9 @@ def evaluate(
     it is called once a clip, without gradients, with the embedding (1, L, D) of the clip's caption as a second argument
     where it has one; with ``reads`` the report says how many had. The budget is the mean of what was spent, and the
     baselines, which come second, have that. ``perceptual`` and ``fvd`` must be on ``device``. Where torch.distributed
-    runs, ``clips`` are this rank's share
-    (possibly none) and the report, the same on every rank, is that of all shares; a batch of weight 0 and a place that
-    comes twice keep ranks in step without counting twice. A clip whose dataset has no motion score takes that of its
-    pixels, :func:`moved`. ``progress`` hears how many clips this rank has done.
+    runs, ``clips`` are this rank's share (possibly none) and the report, the same on every rank, is that of all shares;
+    a batch of weight 0 and a place that comes twice keep ranks in step without counting twice. A clip whose dataset has
+    no motion score takes that of its pixels, :func:`moved`. ``progress`` hears how many clips this rank has done.
 
     Raises InputError where there are no clips or their shapes differ.
     """

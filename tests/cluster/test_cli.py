@@ -381,6 +381,10 @@ def test_coding_takes_the_gpu_where_there_is_one(moviola, monkeypatch, tmp_path,
     assert moviola(*command)[::2] == (1, "moviola: on cuda")
 
 
+def test_an_empty_caption_is_none():
+    assert cli._text(None, "runs/r", " ", None) is None
+
+
 def test_remarks_are_warnings_of_the_command(capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("always")

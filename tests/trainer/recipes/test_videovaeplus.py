@@ -439,7 +439,7 @@ def test_captions_of_another_width_are_refused() -> None:
     recipe = recipe_of(text=TEXT)
     stage = stage_of("cross-modal", recipe)
     captions = torch.randn(1, 2, 5), torch.ones(1, 2, dtype=torch.bool)
-    with pytest.raises(InputError, match=r"embedded in 5 numbers a token, and model.text.width is 6"):
+    with pytest.raises(InputError, match=r"embedded in 5 numbers a token, and model.text.width is 6\. Embed them by"):
         recipe.step(recipe.build(0), batch_of(footage(frames=4), stage, captions), stage, nn.ModuleDict())
 
 

@@ -119,7 +119,8 @@ class VideoVaePlusRecipe:
         if emb_BLD.shape[2] != self.config.text.width:
             raise InputError(
                 f"captions are embedded in {emb_BLD.shape[2]} numbers a token, and model.text.width is "
-                f"{self.config.text.width}. Set it to what the text encoder gave, or embed the captions anew"
+                f"{self.config.text.width}. Embed them by the text encoder that the model is trained with, or train a "
+                "model of their width"
             )
 
     def parts(self, model: nn.Module) -> Mapping[str, int]:
