@@ -44,7 +44,8 @@ class FixedClips:
     central crops, no flip; with the embeddings of their captions, unless ``captions`` says not.
 
     Of several ranks each takes its share of them, and calls ``pace`` equally often. A clip that is too short for the
-    rule is left out; one that can't be read raises InputError: a fixed set must not shrink silently.
+    rule is left out; InputError where all of them are, and for one that can't be read: a fixed set must not shrink
+    silently.
     """
 
     dataset: index.Dataset
@@ -60,6 +61,7 @@ class FixedClips:
         """Reads and decodes them, one after another."""
         dataset, total, count = self.dataset, self.dataset.clips, self.count
         chosen = range(total) if count is None or count >= total else [i * total // count for i in range(count)]
+        short = 0
         for first in range(0, len(chosen), self.world):
             self.pace()
             if first + self.rank >= len(chosen):
@@ -81,6 +83,12 @@ class FixedClips:
                     raise InputError(
                         f"{skip.detail}. An evaluation does not skip: repack or lint the dataset."
                     ) from None
+                short += 1
+        if self.world == 1 and short == len(chosen) > 0:
+            raise InputError(
+                f"{dataset.name}: of {short} clips none has the {self.rule.least_frames} frames that are measured. Ask "
+                "for fewer (--frames), or name a dataset of longer clips"
+            )
 
 
 def evaluate_checkpoint(

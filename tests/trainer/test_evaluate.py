@@ -11,9 +11,11 @@ import torch.multiprocessing as mp
 from rich.console import Console
 from torch import Tensor, nn
 
+from pipelines import index
 from pipelines.contracts import Batch, BatchPlan, Clip, ClipRule, Source
 from pipelines.faults import InputError
 from trainer.evaluate import Report, baselines, evaluate, largest_size, moved
+from trainer.examine import FixedClips
 from trainer.losses import Perceptual, PerceptualSpec
 from trainer.quality import FvdSpec, VideoFeatures
 
@@ -181,6 +183,13 @@ def test_a_caption_goes_with_its_clip(perceptual):
     together = dataclasses.replace(batch(clips), caption_emb_BLD=emb, caption_mask_BL=mask)
     assert "captions" not in evaluate(reconstruct, [together], perceptual=perceptual).values
     assert heard == [None, 1, 2] * 2
+
+
+def test_clips_that_are_all_too_short_are_said_to_be(small_dataset):
+    dataset = index.open_dataset(str(small_dataset))
+    held_back = FixedClips(dataset, ClipRule(frames=500, sizes=((32, 32),), crop="center", flip=0.0), (32, 32), 2)
+    with pytest.raises(InputError, match=r"of 2 clips none has the 500 frames that are measured\. Ask for fewer"):
+        list(held_back)
 
 
 def test_table_shows_every_method_with_budget_and_backbone(perceptual):
