@@ -202,12 +202,14 @@ def fit(manifest: RunManifest, run_url: str, launch: str, scratch: str) -> Outco
     from cluster.worker import work
 
     class Trainer(TorchTrainer):
-        """Without processes that an embedded Ray and a run without Ray Data have no use for."""
+        """Without processes that deal out datasets of Ray Data, of which there are none, and that watch for a dead
+        controller: one whose command lives is replaced by :func:`fit_again`, and Ray cleans up after a dead command.
+        """
 
         def _create_default_callbacks(self) -> list[Any]:
+            unused = (DatasetsCallback, PlacementGroupCleanerCallback)
             return [kept for kept in super()._create_default_callbacks() if not isinstance(kept, unused)]
 
-    unused = (DatasetsCallback,) if os.environ.get("RAY_ADDRESS") else (DatasetsCallback, PlacementGroupCleanerCallback)
     workers, failure = manifest.workers, manifest.failure
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
     trainer = Trainer(
@@ -239,18 +241,28 @@ def fit(manifest: RunManifest, run_url: str, launch: str, scratch: str) -> Outco
 
 def fit_again(manifest: RunManifest, run_url: str, launch: str, scratch: str) -> Outcome:
     """:func:`fit`, with a new controller where Ray Train's own died, as often as ``failure.max_failures`` allows."""
-    from ray.exceptions import RayActorError
-
-    from cluster.recorder import brief
+    from cluster.recorder import GONE, brief
 
     for left in range(manifest.failure.max_failures, -1, -1):
         try:
             return fit(manifest, run_url, launch, os.path.join(scratch, str(left)))
-        except RayActorError as error:
+        except GONE as error:
             if not left:
                 raise
             note(run_url, "restart", cause="killed", rank=None, message=brief(error))
+            _free()
     raise AssertionError("every turn of the loop returns or raises")
+
+
+def _free() -> None:
+    """Removes the placement groups of this job, which hold machines and outlive the controller that made them."""
+    import ray
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    job = ray.get_runtime_context().get_job_id()
+    for number, facts in placement_group_table().items():
+        if number.endswith(job) and facts["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(number))))
 
 
 Watcher = Callable[[list[dict[str, Any]], list[dict[str, Any]]], None]
@@ -384,15 +396,16 @@ def _is_whole(run_url: str) -> bool:
 
 def _fault(error: BaseException, manifest: RunManifest, run_url: str) -> BaseException:
     """What a user is told of Ray Train's last error: an InputError, but for an error of ours, which stays as it is."""
-    from cluster.recorder import brief, cause, decisive
+    from cluster.recorder import GONE, brief, cause, decisive
 
     inner = getattr(error, "controller_failure", error)
     if isinstance(inner, InputError):
         return inner
     deaths = getattr(inner, "worker_failures", {})
-    if all(cause(death) == "error" for death in deaths.values()):
+    if not isinstance(inner, GONE) and all(cause(death) == "error" for death in deaths.values()):
         return error
-    rank, death = decisive(deaths)
+    rank, death = decisive(deaths) if deaths else (None, inner)
+    last = f"worker {rank}" if deaths else "Ray Train's controller"
     committed = checkpoint.newest_step(run_url)
     kept = f"the checkpoint of step {committed} is committed" if committed else "no checkpoint is committed yet"
     remedy = "Out of memory is the usual cause (dmesg knows): lower batch, micro_batch or data.memory_mb"
@@ -400,7 +413,7 @@ def _fault(error: BaseException, manifest: RunManifest, run_url: str) -> BaseExc
         remedy = "Its machine and its log know more; failure.hang_seconds says how long a rank may wait"
     return InputError(
         f"run {manifest.name} lost workers more often than failure.max_failures: {manifest.failure.max_failures} "
-        f"allows; the last was worker {rank}: {brief(death).rstrip('.')}. {remedy}. {kept}, and the same command "
+        f"allows; the last was {last}: {brief(death).rstrip('.')}. {remedy}. {kept}, and the same command "
         "goes on from there."
     )
 

@@ -20,8 +20,18 @@ from cluster.events import Follower, note
 from pipelines import storage
 from pipelines.faults import InputError
 
-DEATHS = ("ActorDied", "ActorUnavailable", "is unavailable", "died unexpectedly", "WorkerCrashed", "SIGKILL")
+DEATHS = (
+    "ActorDied",
+    "ActorUnavailable",
+    "is unavailable",
+    "died unexpectedly",
+    "WorkerCrashed",
+    "OutOfMemory",
+    "SIGKILL",
+)
 """In what Ray says of a process that is no more, or of one on a machine that does not answer."""
+GONE = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
+"""What is raised to who waits for Ray Train's controller when its process is no more."""
 HANGS = ("PeerLost", "WorkerHealthCheckTimeout")
 """Errors of a rank that waited in vain for another, and of one that answers nobody."""
 
@@ -122,4 +132,6 @@ def brief(error: BaseException) -> str:
     if type(error).__name__ == "WorkerHealthCheckTimeoutError":  # Ray's last line names a variable of its own
         return "it answers nobody: stopped, or on a machine that is cut off."
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, ray.exceptions.OutOfMemoryError):  # at length, with the news in the first line
+        lines = lines[:1]
     return storage.redact(lines[-1][:500] if lines else type(error).__name__)

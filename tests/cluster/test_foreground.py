@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from ray.exceptions import OutOfMemoryError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckTimeoutError
 from ray.train.v2.api.exceptions import PreemptionError
@@ -139,23 +140,28 @@ def test_a_run_survives_all_of_it_and_every_clip_is_trained_on_once(small_datase
 @pytest.mark.nightly
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_a_killed_worker_is_replaced_by_processes_that_waited(small_dataset, tmp_path, scratch):
+def test_processes_that_waited_take_a_killed_workers_place_and_a_killed_controller_is_replaced(
+    small_dataset, tmp_path, scratch
+):
     arguments = [*typed_for(small_dataset, tmp_path / "runs"), "--set", "stages.frames-3.steps=4000"]
     run_url = str(tmp_path / "runs" / "tried")
 
     def starts():
         return [event for event in runs.events(run_url) if event["event"] == "start"]
 
-    def spares():
-        idle = [p for p in psutil.process_iter(["name", "environ"]) if p.info["name"] == "ray::IDLE"]
-        return {p.pid for p in idle if scratch in (p.info["environ"] or {}).get("TMPDIR", "")}
+    def of_its_ray(name):
+        found = [p for p in psutil.process_iter(["name", "environ"]) if p.info["name"].startswith(name)]
+        return {p.pid for p in found if scratch in (p.info["environ"] or {}).get("TMPDIR", "")}
 
     with Command(arguments, scratch, tmp_path) as command:
         command.until(starts)
-        ready = command.until(lambda: found if len(found := spares()) == 3 else None)
+        ready = command.until(lambda: found if len(found := of_its_ray("ray::IDLE")) == 3 else None)
         os.kill(starts()[0]["workers"][0]["pid"], signal.SIGKILL)
         command.until(lambda: len(starts()) == 2)
         assert {worker["pid"] for worker in starts()[1]["workers"]} < ready
+        (controller,) = of_its_ray("ray::TrainContr")
+        os.kill(controller, signal.SIGKILL)
+        command.until(lambda: len(starts()) == 3)
         command.process.send_signal(signal.SIGTERM)
         assert command.end()[0] == 75
         assert os.listdir(scratch) == [], "nothing of Ray stays behind"
@@ -303,5 +309,10 @@ def test_what_a_user_is_told_of_the_end(tmp_path, small_dataset):
     assert isinstance(told, InputError) and "for rank 1, without a sign of life for 9 s" in str(told)
     assert "failure.hang_seconds" in str(told) and "memory" not in str(told)
     assert "RAY_" not in why(WorkerGroupError("text", {0: silent}))["message"]
+    full = OutOfMemoryError("4 worker(s) were killed due to the node running low on memory.\nat length\nset RAY_memory")
+    assert why(WorkerGroupError("text", {1: full}))["cause"] == "killed"
+    told = launch._fault(full, manifest, run_url)
+    assert isinstance(told, InputError) and "the last was Ray Train's controller: 4 worker(s) were killed" in str(told)
+    assert "running low on memory. Out of memory is the usual cause" in str(told) and "RAY_" not in str(told)
     drained = PreemptionError(PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"node": [1]}))
     assert (why(drained)["cause"], why(drained)["rank"]) == ("preempted", 1)
