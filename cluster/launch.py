@@ -240,16 +240,21 @@ def fit(manifest: RunManifest, run_url: str, launch: str, scratch: str) -> Outco
 
 
 def fit_again(manifest: RunManifest, run_url: str, launch: str, scratch: str) -> Outcome:
-    """:func:`fit`, with a new controller where Ray Train's own died, as often as ``failure.max_failures`` allows."""
-    from cluster.recorder import GONE, brief
+    """:func:`fit`, with a new controller, as often as ``failure.max_failures`` allows, where Ray Train's own died or a
+    worker did before its group trained: Ray Train gives up then, or leaves the rest of the group in its place.
+    """
+    from cluster.recorder import GONE, brief, cause, lost_at_start
 
     for left in range(manifest.failure.max_failures, -1, -1):
         try:
             return fit(manifest, run_url, launch, os.path.join(scratch, str(left)))
-        except GONE as error:
-            if not left:
+        except Exception as error:
+            death = lost_at_start(error)
+            if not left or not (death or isinstance(error, GONE)):
                 raise
-            note(run_url, "restart", cause="killed", rank=None, message=brief(error))
+            kind = "preempted" if death and cause(death) == "preempted" else "killed"
+            starting = {"starting": True} if death else {}
+            note(run_url, "restart", cause=kind, rank=None, message=brief(death or error), **starting)
             _free()
     raise AssertionError("every turn of the loop returns or raises")
 
@@ -396,16 +401,20 @@ def _is_whole(run_url: str) -> bool:
 
 def _fault(error: BaseException, manifest: RunManifest, run_url: str) -> BaseException:
     """What a user is told of Ray Train's last error: an InputError, but for an error of ours, which stays as it is."""
-    from cluster.recorder import GONE, brief, cause, decisive
+    from cluster.recorder import GONE, brief, cause, decisive, lost_at_start
 
     inner = getattr(error, "controller_failure", error)
     if isinstance(inner, InputError):
         return inner
     deaths = getattr(inner, "worker_failures", {})
-    if not isinstance(inner, GONE) and all(cause(death) == "error" for death in deaths.values()):
+    if (
+        not isinstance(inner, GONE)
+        and not lost_at_start(error)
+        and all(cause(death) == "error" for death in deaths.values())
+    ):
         return error
     rank, death = decisive(deaths) if deaths else (None, inner)
-    last = f"worker {rank}" if deaths else "Ray Train's controller"
+    last = f"worker {rank}" if deaths else "one that only started" if lost_at_start(error) else "Ray Train's controller"
     committed = checkpoint.newest_step(run_url)
     kept = f"the checkpoint of step {committed} is committed" if committed else "no checkpoint is committed yet"
     remedy = "Out of memory is the usual cause (dmesg knows): lower batch, micro_batch or data.memory_mb"

@@ -11,12 +11,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
-from ray.train.v2._internal.execution.controller.state import ResizingState, RestartingState, RunningState
+from ray.train.v2._internal.execution.controller.state import (
+    ReschedulingState,
+    ResizingState,
+    RestartingState,
+    RunningState,
+)
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from cluster import spare
 from cluster.events import Follower, note
+from cluster.worker import PEER_TROUBLE
 from pipelines import storage
 from pipelines.faults import InputError
 
@@ -65,6 +73,10 @@ class Recorder(ControllerCallback, WorkerGroupCallback):
         """Ray Train's hook."""
         if isinstance(current_state, RestartingState) and not isinstance(previous_state, RestartingState):
             note(self._run_url, "restart", **why(current_state.training_failed_error))
+        elif isinstance(current_state, ReschedulingState):
+            failure = getattr(current_state.training_failed_error, "controller_failure", None)
+            if isinstance(failure, WorkerGroupStartupFailedError):  # else it waits for machines
+                raise failure.__cause__ or failure  # Ray Train would try for ever, beside what is left of the group
         elif isinstance(current_state, ResizingState):
             before, after = len(self._group.get_workers()), current_state.scaling_decision.num_workers
             committed = self._ask_to_leave()
@@ -106,6 +118,15 @@ def decisive(deaths: Mapping[int, Exception]) -> tuple[int, Exception]:
     return min(
         deaths.items(), key=lambda item: (order.index(cause(item[1])), "Timeout" in type(item[1]).__name__, item[0])
     )
+
+
+def lost_at_start(error: BaseException) -> Exception | None:
+    """The death of a worker before its group trained, or what it did to another one, where that ended Ray Train's run;
+    None for other errors.
+    """
+    failure = getattr(error, "controller_failure", None)
+    met = isinstance(failure, RayTaskError) and any(trouble in brief(failure) for trouble in PEER_TROUBLE)
+    return failure if met or isinstance(failure, GONE) else None
 
 
 def _look_again() -> None:

@@ -159,6 +159,8 @@ def told(event: Mapping[str, Any]) -> str:
             return f"checkpoint of step {event['step']} committed"
         case "restart":
             who = "the controller" if event["rank"] is None else f"worker {event['rank']}"
+            if event.get("starting"):
+                return f"a worker {event['cause']} as it started; starting the group again"
             if event["cause"] == "hung":  # a worker that waited says for whom
                 return f"{who}: {event['message'].rstrip('.')}; restarting from the last commit"
             return f"{who} {event['cause']}; restarting from the last commit"

@@ -17,14 +17,20 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from ray.exceptions import OutOfMemoryError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 from ray.train import ControllerError, WorkerGroupError
-from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckTimeoutError
+from ray.train.v2._internal.exceptions import (
+    UserExceptionWithTraceback,
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckTimeoutError,
+)
+from ray.train.v2._internal.execution.controller.state import ReschedulingState, SchedulingState
 from ray.train.v2.api.exceptions import PreemptionError
 from ray.train.v2.api.preemption import PreemptionInfo
 from rich.console import Console
 
-from cluster import launch, runs
+from cluster import launch, recorder, runs, spare
 from cluster.events import note
 from cluster.recorder import Recorder, why
 from pipelines.faults import InputError
@@ -164,6 +170,30 @@ def test_processes_that_waited_take_a_killed_workers_place_and_a_killed_controll
         command.until(lambda: len(starts()) == 3)
         command.process.send_signal(signal.SIGTERM)
         assert command.end()[0] == 75
+        assert os.listdir(scratch) == [], "nothing of Ray stays behind"
+
+
+@pytest.mark.nightly
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seconds", [0.5, 6])  # it imports; it meets the others, as far as this machine is quick
+def test_a_worker_killed_as_it_starts_is_a_restart_like_another(seconds, small_dataset, tmp_path, scratch):
+    run_url = str(tmp_path / "runs" / "tried")
+
+    def workers():
+        hooked = [
+            p for p in psutil.process_iter(["environ"]) if spare.HOOK.items() <= (p.info["environ"] or {}).items()
+        ]
+        return [p for p in hooked if p.info["environ"].get("TMPDIR") == scratch]
+
+    with Command(typed_for(small_dataset, tmp_path / "runs"), scratch, tmp_path) as command:
+        command.until(lambda: len(workers()) == 2)
+        time.sleep(seconds)
+        workers()[0].kill()
+        status, _, err = command.end()
+        assert status == 0, err
+        assert runs.status(run_url).causes == {"killed": 1} and "Traceback" not in err
+        assert trace.history(run_url, folder.load(run_url).schedule, STEPS).exact
         assert os.listdir(scratch) == [], "nothing of Ray stays behind"
 
 
@@ -316,3 +346,42 @@ def test_what_a_user_is_told_of_the_end(tmp_path, small_dataset):
     assert "running low on memory. Out of memory is the usual cause" in str(told) and "RAY_" not in str(told)
     drained = PreemptionError(PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"node": [1]}))
     assert (why(drained)["cause"], why(drained)["rank"]) == ("preempted", 1)
+
+
+def test_workers_that_die_as_they_start_are_told_of_and_counted(tmp_path, small_dataset, monkeypatch):
+    plain = {"name": "small", "recipe": "arvae", "data": {"train": str(small_dataset)}, "batch": 4}
+    plain["failure"] = {"max_failures": 2}
+    manifest, run_url = folder.claim(manifests.validate(plain, "m"), str(tmp_path))
+    monkeypatch.setattr(recorder, "_look_again", lambda: None)
+    died = ActorDiedError()
+    unborn = WorkerGroupStartupFailedError("One of the worker actors failed to initialize")
+    unborn.__cause__ = died
+
+    def rescheduled(failure):
+        state = ReschedulingState(ControllerError(failure))
+        Recorder(run_url, 30, 60).after_controller_state_update(SchedulingState(None), state)
+
+    rescheduled(WorkerGroupStartupTimeoutError(2))  # waits for machines, however long that takes
+    with pytest.raises(ActorDiedError):
+        rescheduled(unborn)
+
+    reset = RayTaskError("setup", "Traceback\nDistNetworkError: Connection reset by peer", ConnectionError("reset"))
+    ends = [ControllerError(died), ControllerError(reset), ControllerError(died)]
+
+    def fit(*_):
+        raise ends.pop(0)
+
+    monkeypatch.setattr(launch, "fit", fit)
+    monkeypatch.setattr(launch, "_free", lambda: None)
+    with pytest.raises(ControllerError) as spent:
+        launch.fit_again(manifest, run_url, "launch", str(tmp_path))
+    state = runs.status(run_url)
+    assert (state.restarts, state.causes) == (2, {"killed": 2})
+    assert runs.told(runs.events(run_url)[-1]) == "a worker killed as it started; starting the group again"
+    told = launch._fault(spent.value, manifest, run_url)
+    assert isinstance(told, InputError) and "failure.max_failures: 2 allows; the last was one that only" in str(told)
+    assert isinstance(launch._fault(died, manifest, run_url), InputError), "the controller, as often"
+
+    ends = [ControllerError(ValueError("a defect"))]
+    with pytest.raises(ControllerError, match="a defect"):
+        launch.fit_again(manifest, run_url, "launch", str(tmp_path))
