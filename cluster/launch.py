@@ -211,6 +211,8 @@ def fit(manifest: RunManifest, run_url: str, launch: str, scratch: str) -> Outco
             return [kept for kept in super()._create_default_callbacks() if not isinstance(kept, unused)]
 
     workers, failure = manifest.workers, manifest.failure
+    # Ray sets it for an actor, which is too late for what was imported before.
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, int(workers.cpus))))}
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
     trainer = Trainer(
         work,
@@ -231,7 +233,7 @@ def fit(manifest: RunManifest, run_url: str, launch: str, scratch: str) -> Outco
                 max_failures=failure.max_failures,
                 max_preemption_failures=-1 if failure.max_preemptions == "unlimited" else failure.max_preemptions,
             ),
-            worker_runtime_env={"env_vars": spare.HOOK},
+            worker_runtime_env={"env_vars": spare.HOOK | threads},
             callbacks=[Recorder(run_url, failure.grace_seconds, workers.resize_seconds)],
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
