@@ -10,8 +10,10 @@ from tests.chaos.lab import STAGES, Lab, smoke
 from tests.chaos.nodes import Command, Nodes
 
 STEPS = 100
-TOLERANCE = 1e-4
-"""Of a step's loss, relative: sums in another order, and what Adam makes of them over the steps since."""
+TOLERANCE = 1e-3
+"""Of a step's loss, relative: sums in another order (1e-7 at first), and what Adam makes of them over the steps since
+(3e-4 seen after 70).
+"""
 
 
 @pytest.mark.ray
@@ -38,8 +40,11 @@ def test_a_drained_node_and_a_new_one_change_the_world_and_nothing_else(small_da
     assert history.exact and history.redone == 0, "the notice, and the question before the resize, lost no step"
     assert history.keys == lab.history(lab.whole(1)).keys
     losses = lab.losses("elastic")
+    alone = worlds.index(1)
+    assert [losses[step] for step in range(alone)] == [fixed[step] for step in range(alone)]
     for step in range(STEPS):
-        assert losses[step] == pytest.approx(fixed[step], rel=TOLERANCE), f"step {step}"
+        close = TOLERANCE if step > alone + 10 else 1e-5
+        assert losses[step] == pytest.approx(fixed[step], rel=close), f"step {step}"
     assert lab.imbalance("elastic") < 0.01
     (resized,) = lab.events("elastic", "resize")
     assert (resized["before"], resized["after"], resized["committed"]) == (1, 2, True)
