@@ -6,9 +6,9 @@ Trains each stage of the manifest for a few steps through the engine, on one pro
 memory: reading is not measured here (``benchmarks.loader`` does). Eager and compiled, float32 and bfloat16, channels
 first and last, take turns, a step each; the first steps, in which the compiler works, are not counted. What differs
 within a stage is measured apart: images and videos, each size, before its adversary starts and after. A recipe that
-reads captions gets some of the greatest length. Floating point operations are those of a step's
-forward and backward passes; the device's peak is what a large matrix product reaches on it in the same run, in the same
-precision, or in float32 where that is faster. Peak memory is taken in a process of its own for each variant.
+reads captions gets some of the greatest length. Floating point operations are those of a step's forward and backward
+passes; the device's peak is what a large matrix product reaches on it in the same run, in the same precision, or in
+float32 where that is faster. Peak memory is taken in a process of its own for each variant.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from pipelines.captions import MOST_TOKENS
 from pipelines.contracts import Batch, BatchPlan, Source, generator
 from trainer import manifest as manifests
 from trainer.adversary import Adversary
+from trainer.blocks import conv
 from trainer.blocks.transformer import Attention
 from trainer.engine import Engine
 from trainer.flops import Count
@@ -116,6 +117,8 @@ class Trial:
                 zero_stage=0, precision=precision, device=device,
             )  # fmt: skip
         self.teachers = self.recipe.teachers().to(device).requires_grad_(False).eval()
+        if channels_last:
+            conv.channels_last(self.teachers)
         plan, tokens = part.plan, caption_width(self.recipe)
         height, width = plan.size
         count = clips * plan.per_clip

@@ -48,12 +48,13 @@ def work(config: dict[str, Any]) -> str:
     manifest = RunManifest.model_validate(config["manifest"])
     device = torch.device("cuda", 0) if manifest.workers.gpus and torch.cuda.is_available() else torch.device("cpu")
     torch.set_num_threads(max(1, int(manifest.workers.cpus)))
+
+    def begun(signals: Signals) -> None:
+        _listen(signals, manifest.failure.grace_seconds)
+        spare.ask_later()
+
     try:
-        grace = manifest.failure.grace_seconds
-        return loop.train(
-            manifest, run_url, loop.World.current(device), launch=config["launch"],
-            on_start=lambda signals: (_listen(signals, grace), spare.ask_later()),
-        )  # fmt: skip
+        return loop.train(manifest, run_url, loop.World.current(device), launch=config["launch"], on_start=begun)
     except InputError:
         raise
     except Exception as error:

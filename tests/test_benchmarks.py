@@ -39,7 +39,7 @@ def test_a_stage_is_measured_before_its_adversary_starts_and_after(manifest):
         ("dynamic, adversary", 9, 2),
     ]
     found = [step.measure(manifest, part, ["float32"], 1, 0, 2, torch.device("cpu")) for part in parts]
-    spent = [sum(s["adversary"] for s in f["times"]["float32"]) for f in found]
+    spent = [min(s["adversary"] for s in f["times"]["float32"]) for f in found]
     assert spent[2] > 10 * spent[1], "without it there is nothing to do"
     assert found[2]["operations"] > found[1]["operations"] > found[0]["operations"] > 0
     shares = found[1]["parts"]

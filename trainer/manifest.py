@@ -259,8 +259,7 @@ class RunManifest(_Part):
     precision: Literal["fp32", "bf16"] = "bf16"
     compile: bool = Field(False, description="torch.compile for the model: a slow first step, then faster ones.")
     channels_last: bool = Field(
-        False,
-        description="Convolutions with a pixel's channels as neighbours, as tensor cores read them.",
+        False, description="Convolutions with a pixel's channels as neighbours, as tensor cores read them."
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     optimizer: OptimizerSpec = OptimizerSpec()

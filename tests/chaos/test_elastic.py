@@ -10,10 +10,13 @@ from tests.chaos.lab import STAGES, Lab, smoke
 from tests.chaos.nodes import Command, Nodes
 
 STEPS = 100
-TOLERANCE = 1e-3
-"""Of a step's loss, relative: sums in another order (1e-7 at first), and what Adam makes of them over the steps since
-(3e-4 seen after 70).
+TOLERANCE = 1e-4
+"""Of a step's loss, relative: sums in another order, and what Adam makes of them over the steps since. A warp has a
+kink where its flow is 0, as all are at first, and so a gradient that the last bit decides: at the rate of 3e-5 that
+came to 3e-5 on one worker throughout, at 1e-3 to 5e-3.
 """
+SOON = 1e-5
+"""In the first ten steps on one worker."""
 
 
 @pytest.mark.ray
@@ -21,6 +24,7 @@ TOLERANCE = 1e-3
 @pytest.mark.timeout(600)
 def test_a_drained_node_and_a_new_one_change_the_world_and_nothing_else(small_dataset: Path, tmp_path: Path) -> None:
     plain = smoke(str(small_dataset), steps=STEPS // len(STAGES), checkpoint={"every_steps": 10, "keep": 3})
+    plain["optimizer"] = {"lr": 3e-5, "warmup": 2}
     lab = Lab(tmp_path, plain)
     fixed = lab.losses(lab.whole(1))
     elastic = ("workers={count: [1, 2], resize_seconds: 1}", "failure.grace_seconds=60")
@@ -43,7 +47,7 @@ def test_a_drained_node_and_a_new_one_change_the_world_and_nothing_else(small_da
     alone = worlds.index(1)
     assert [losses[step] for step in range(alone)] == [fixed[step] for step in range(alone)]
     for step in range(STEPS):
-        close = TOLERANCE if step > alone + 10 else 1e-5
+        close = SOON if step < alone + 10 else TOLERANCE
         assert losses[step] == pytest.approx(fixed[step], rel=close), f"step {step}"
     assert lab.imbalance("elastic") < 0.01
     (resized,) = lab.events("elastic", "resize")
