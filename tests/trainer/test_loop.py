@@ -111,14 +111,11 @@ def test_killed_then_stopped_a_run_ends_bit_identical(runs: Runs, zero: int) -> 
     assert seconds["lost"] > 0 and seconds["idle"] > 0 and seconds["productive"] > 0
 
 
-OFTEN = {(1, BORDER), (2, BORDER + 1)}
-BORDERS = [
-    pytest.param(*case, marks=() if case in OFTEN else pytest.mark.nightly)
-    for case in product((1, 2, 3), (BORDER - 1, BORDER, BORDER + 1))
-]
+LONG = ((3, BORDER), *product((2, 3), (BORDER - 1, BORDER + 1)))
+NIGHTLY = [pytest.param(*case, marks=pytest.mark.nightly) for case in LONG]
 
 
-@pytest.mark.parametrize(("zero", "step"), BORDERS)
+@pytest.mark.parametrize(("zero", "step"), [(1, BORDER - 1), (1, BORDER), (1, BORDER + 1), (2, BORDER), *NIGHTLY])
 def test_a_run_that_dies_at_a_stage_border_ends_bit_identical(runs: Runs, zero: int, step: int) -> None:
     name = runs.cut(f"border-zero{zero}-{step}", runs.whole(zero), step)
     runs.train(name, 2, f"zero.stage={zero}")
@@ -126,7 +123,7 @@ def test_a_run_that_dies_at_a_stage_border_ends_bit_identical(runs: Runs, zero: 
     same(runs, name, runs.whole(zero))
 
 
-@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.nightly), 3])
+@pytest.mark.parametrize("zero", [1, 3])
 def test_two_processes_then_one_then_two(runs: Runs, zero: int) -> None:
     fixed, shrunk, grown = runs.losses(runs.whole(zero)), f"shrunk-zero{zero}", f"grown-zero{zero}"
     runs.cut(shrunk, runs.whole(zero), 3)
